@@ -1,0 +1,112 @@
+"""The sizes of a model: frozen dataclasses, one tree of them per checkpoint family."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """CLIP's text transformer (Radford et al. 2021)."""
+
+    vocab_size: int = 49408
+    max_positions: int = 77
+    width: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_width: int = 3072
+    activation: str = "quick_gelu"  # "gelu" in OpenCLIP's models
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The denoiser (Rombach et al. 2022): a U-Net with cross-attention to the text."""
+
+    in_channels: int = 4  # 9 for inpainting: latents, mask, latents of the masked picture
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    blocks_per_level: int = 2
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    num_heads: tuple[int, ...] = (8, 8, 8, 8)
+    context_width: int = 768
+    linear_projection: bool = False  # SD 2 projects into its transformers with a matrix, SD 1 with a 1x1 convolution
+    norm_groups: int = 32
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder between pixels and latents (Esser et al. 2021, with a KL term)."""
+
+    latent_channels: int = 4
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    blocks_per_level: int = 2
+    norm_groups: int = 32
+    scaling_factor: float = 0.18215  # makes the latents' standard deviation about 1
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along one side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything about a checkpoint but its weights, its noise schedule included."""
+
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    unet: UNetConfig = UNetConfig()
+    vae: VAEConfig = VAEConfig()
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.0120
+    beta_schedule: str = "scaled_linear"
+    steps_offset: int = 1
+    prediction: str = "epsilon"  # what the UNet was trained to return: "epsilon", "v" or "sample"
+    image_size: int = 512  # pixels per side that the model was trained at
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, as JSON holds them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Config:
+        """The inverse of `to_dict`. Raises ValueError for an unknown field or one of the wrong kind."""
+        parts = {"text_encoder": TextEncoderConfig, "unet": UNetConfig, "vae": VAEConfig}
+        fields = {k: _build(parts[k], v, k) if k in parts else v for k, v in fields.items()}
+        return _build(cls, fields, "config")
+
+
+def _build(cls: type, fields: Any, where: str) -> Any:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: expected an object, got {type(fields).__name__}")
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    values = {}
+    for name, value in fields.items():
+        if name not in defaults:
+            raise ValueError(f"{where}: unknown field {name!r}; known are {', '.join(defaults)}")
+        value = tuple(value) if isinstance(value, list) else value
+        if type(value) is not type(defaults[name]):
+            raise ValueError(f"{where}.{name}: expected {type(defaults[name]).__name__}, got {value!r}")
+        values[name] = value
+    return cls(**values)
+
+
+SD1 = Config()
+SD1_INPAINTING = dataclasses.replace(SD1, unet=dataclasses.replace(SD1.unet, in_channels=9))
+
+# Every part of SD 1 at a size for tests: all kinds of blocks, head sizes that are not powers of two, in milliseconds.
+TINY = Config(
+    text_encoder=TextEncoderConfig(width=40, num_layers=2, num_heads=4, mlp_width=96),
+    unet=UNetConfig(
+        channels=(32, 64),
+        blocks_per_level=2,
+        attention_levels=(True, False),
+        num_heads=(4, 4),
+        context_width=40,
+        norm_groups=8,
+    ),
+    vae=VAEConfig(channels=(16, 32), blocks_per_level=1, norm_groups=8),
+    image_size=64,
+)
