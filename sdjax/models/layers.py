@@ -1,0 +1,172 @@
+"""The layers all three models are made of. Parameters are float32 or as given; computation is in `dtype`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sdjax.ops.attention import attention
+from sdjax.ops.convolution import Padding, convolution
+from sdjax.ops.normalization import group_norm, layer_norm
+
+Dtype = Any
+
+
+class Dense(nn.Module):
+    """x W + b over the last axis, (..., I) -> (..., O); products are summed in float32."""
+
+    features: int
+    dtype: Dtype
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        contract_last = (((x.ndim - 1,), (0,)), ((), ()))
+        out = lax.dot_general(
+            x.astype(self.dtype), kernel.astype(self.dtype), contract_last, preferred_element_type=jnp.float32
+        )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            out = out + bias.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return out.astype(self.dtype)
+
+
+class Conv(nn.Module):
+    """A convolution with bias, (B, H, W, I) -> (B, H', W', O)."""
+
+    features: int
+    dtype: Dtype
+    size: int = 3
+    stride: int = 1
+    padding: Padding = ((1, 1), (1, 1))
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        out = convolution(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
+        return out + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+
+
+class GroupNorm(nn.Module):
+    """`sdjax.ops.normalization.group_norm` with its parameters."""
+
+    groups: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return group_norm(x, scale, bias, self.groups, self.epsilon)
+
+
+class LayerNorm(nn.Module):
+    """`sdjax.ops.normalization.layer_norm` with its parameters and PyTorch's epsilon."""
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return layer_norm(x, scale, bias, self.epsilon)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x (B, T, D) to context (B, S, E); self-attention where context is None."""
+
+    num_heads: int
+    dtype: Dtype
+    qkv_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array | None = None, key_mask: jax.Array | None = None) -> jax.Array:
+        width = x.shape[-1]
+        context = x if context is None else context
+
+        def project(name: str, tokens: jax.Array) -> jax.Array:
+            heads = Dense(width, self.dtype, self.qkv_bias, name=name)(tokens)
+            return heads.reshape(*tokens.shape[:2], self.num_heads, -1)
+
+        out = attention(project("to_q", x), project("to_k", context), project("to_v", context), key_mask)
+        return Dense(width, self.dtype, name="to_out_0")(out.reshape(x.shape))
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, convolution, twice, around a skip (He et al. 2016); the time embedding enters in the middle.
+
+    x: (B, H, W, I); time: (B, E), already through SiLU, or None in the VAE. Returns (B, H, W, features).
+    """
+
+    features: int
+    groups: int
+    epsilon: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
+        h = nn.silu(GroupNorm(self.groups, self.epsilon, name="norm1")(x))
+        h = Conv(self.features, self.dtype, name="conv1")(h)
+        if time is not None:
+            h = h + Dense(self.features, self.dtype, name="time_emb_proj")(time)[:, None, None, :]
+        h = nn.silu(GroupNorm(self.groups, self.epsilon, name="norm2")(h))
+        h = Conv(self.features, self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, self.dtype, size=1, padding=((0, 0), (0, 0)), name="conv_shortcut")(x)
+        return x + h
+
+
+class Downsample(nn.Module):
+    """Halves height and width, (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), C) with the UNet's padding of 1.
+
+    The VAE pads below and to the right only, ((0, 1), (0, 1)), as its checkpoints were trained.
+    """
+
+    dtype: Dtype
+    padding: Padding = ((1, 1), (1, 1))
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return Conv(x.shape[-1], self.dtype, stride=2, padding=self.padding, name="conv")(x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repetition, then convolves.
+
+    size: (H', W') of the result, at most (2H, 2W). An odd map was rounded up on the way down, so its double is
+    one too large: cropping the repeated map is what PyTorch's nearest interpolation to an odd size gives.
+    """
+
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+        b, h, w, c = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        if size is not None:
+            x = x[:, : size[0], : size[1]]
+        return Conv(c, self.dtype, name="conv")(x)
+
+
+def timestep_embedding(timesteps: jax.Array, width: int) -> jax.Array:
+    """Sinusoids of the time (Vaswani et al. 2017, section 3.5), cosines first.
+
+    Args:
+      timesteps: (B,) float32; fractions of a training step are fine.
+      width: even.
+
+    Returns:
+      (B, width) float32.
+    """
+    half = width // 2
+    frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)

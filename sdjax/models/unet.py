@@ -1,0 +1,194 @@
+"""The denoiser of latent diffusion: a U-Net with cross-attention to the text (Rombach et al. 2022, section 3.3)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sdjax.models.config import UNetConfig
+from sdjax.models.layers import (
+    Attention,
+    Conv,
+    Dense,
+    Downsample,
+    Dtype,
+    GroupNorm,
+    LayerNorm,
+    ResnetBlock,
+    Upsample,
+    timestep_embedding,
+)
+
+
+class GEGLU(nn.Module):
+    """x V * gelu(x W), both from one matrix (Shazeer 2020), (B, T, D) -> (B, T, width)."""
+
+    width: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        value, gate = jnp.split(Dense(2 * self.width, self.dtype, name="proj")(x), 2, -1)
+        return value * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    """(B, T, D) -> (B, T, D), four times as wide inside."""
+
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
+        return Dense(x.shape[-1], self.dtype, name="net_2")(h)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context, feed-forward, each around a skip; (B, T, D) -> (B, T, D)."""
+
+    num_heads: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array, key_mask: jax.Array | None) -> jax.Array:
+        x = x + Attention(self.num_heads, self.dtype, name="attn1")(LayerNorm(name="norm1")(x))
+        x = x + Attention(self.num_heads, self.dtype, name="attn2")(LayerNorm(name="norm2")(x), context, key_mask)
+        return x + FeedForward(self.dtype, name="ff")(LayerNorm(name="norm3")(x))
+
+
+class Transformer(nn.Module):
+    """A transformer block over the pixels as tokens, around a skip; (B, H, W, C) -> (B, H, W, C)."""
+
+    config: UNetConfig
+    num_heads: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array, key_mask: jax.Array | None) -> jax.Array:
+        b, h, w, c = x.shape
+        tokens = GroupNorm(self.config.norm_groups, 1e-6, name="norm")(x)
+        tokens = self.project("proj_in", tokens).reshape(b, h * w, c)
+        block = TransformerBlock(self.num_heads, self.dtype, name="transformer_blocks_0")
+        tokens = block(tokens, context, key_mask).reshape(b, h, w, c)
+        return x + self.project("proj_out", tokens)
+
+    def project(self, name: str, x: jax.Array) -> jax.Array:
+        if self.config.linear_projection:
+            return Dense(x.shape[-1], self.dtype, name=name)(x)
+        return Conv(x.shape[-1], self.dtype, size=1, padding=((0, 0), (0, 0)), name=name)(x)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids through two layers, (B, C) -> (B, 4C)."""
+
+    width: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = nn.silu(Dense(self.width, self.dtype, name="linear_1")(x))
+        return Dense(self.width, self.dtype, name="linear_2")(h)
+
+
+class Level(nn.Module):
+    """What the three stages share: a residual block, and a transformer where the level has one."""
+
+    config: UNetConfig
+    level: int
+    dtype: Dtype
+
+    def resnet(self, j: int, x: jax.Array, time: jax.Array) -> jax.Array:
+        config = self.config
+        block = ResnetBlock(config.channels[self.level], config.norm_groups, 1e-5, self.dtype, name=f"resnets_{j}")
+        return block(x, time)
+
+    def transformer(self, j: int, x: jax.Array, context: jax.Array, key_mask: jax.Array | None) -> jax.Array:
+        heads = self.config.num_heads[self.level]
+        return Transformer(self.config, heads, self.dtype, name=f"attentions_{j}")(x, context, key_mask)
+
+
+class DownBlock(Level):
+    """One level of the way down. Returns its output, half the size unless it is the last, and the skips it leaves."""
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, time: jax.Array, context: jax.Array, key_mask: jax.Array | None
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        skips = []
+        for j in range(self.config.blocks_per_level):
+            x = self.resnet(j, x, time)
+            if self.config.attention_levels[self.level]:
+                x = self.transformer(j, x, context, key_mask)
+            skips.append(x)
+        if self.level < len(self.config.channels) - 1:
+            x = Downsample(self.dtype, name="downsamplers_0")(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(Level):
+    """Residual, transformer, residual at the smallest size, (B, H, W, C) -> (B, H, W, C)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array, key_mask: jax.Array | None) -> jax.Array:
+        x = self.resnet(0, x, time)
+        x = self.transformer(0, x, context, key_mask)
+        return self.resnet(1, x, time)
+
+
+class UpBlock(Level):
+    """One level of the way up. Takes its skips from the end of `skips`; doubles the size unless it is the last."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        skips: list[jax.Array],
+        time: jax.Array,
+        context: jax.Array,
+        key_mask: jax.Array | None,
+    ) -> jax.Array:
+        for j in range(self.config.blocks_per_level + 1):
+            x = self.resnet(j, jnp.concatenate([x, skips.pop()], -1), time)
+            if self.config.attention_levels[self.level]:
+                x = self.transformer(j, x, context, key_mask)
+        if self.level > 0:
+            # The next level's skips have the size this map had before it was halved, which may have been odd.
+            x = Upsample(self.dtype, name="upsamplers_0")(x, skips[-1].shape[1:3])
+        return x
+
+
+class UNet(nn.Module):
+    """The raw model output: the noise, the velocity or the clean latents, as the checkpoint was trained.
+
+    latents: (B, h, w, in_channels); timesteps: (B,) float32; context: (B, S, D);
+    key_mask: (B, S) bool, False for context tokens that do not count, or None. Returns (B, h, w, out_channels) float32.
+    """
+
+    config: UNetConfig
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, latents: jax.Array, timesteps: jax.Array, context: jax.Array, key_mask: jax.Array | None = None
+    ) -> jax.Array:
+        config, dtype = self.config, self.dtype
+        width, last = config.channels[0], len(config.channels) - 1
+        time = TimeEmbedding(4 * width, dtype, name="time_embedding")(timestep_embedding(timesteps, width))
+        time = nn.silu(time)  # every residual block starts with it
+        context = context.astype(dtype)
+
+        x = Conv(width, dtype, name="conv_in")(latents.astype(dtype))
+        skips = [x]
+        for i in range(last + 1):
+            x, more = DownBlock(config, i, dtype, name=f"down_blocks_{i}")(x, time, context, key_mask)
+            skips += more
+            self.sow("intermediates", f"down_blocks_{i}", x)
+        x = MidBlock(config, last, dtype, name="mid_block")(x, time, context, key_mask)
+        self.sow("intermediates", "mid_block", x)
+        for i in range(last + 1):
+            x = UpBlock(config, last - i, dtype, name=f"up_blocks_{i}")(x, skips, time, context, key_mask)
+            self.sow("intermediates", f"up_blocks_{i}", x)
+        x = nn.silu(GroupNorm(config.norm_groups, 1e-5, name="conv_norm_out")(x))
+        return Conv(config.out_channels, dtype, name="conv_out")(x).astype(jnp.float32)
