@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
-MAX_PIXELS = 2**26  # 8192 × 8192: above what cameras make, below what exhausts a machine
+MAX_PIXELS = 2**26  # 8192 × 8192: 200 MB once decoded, and far more than any model here can use
 
 # What pictures come in. Pillow reads many more, EPS by starting another program, which a stranger's file must not do.
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
