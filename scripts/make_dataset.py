@@ -188,6 +188,8 @@ def arguments() -> argparse.Namespace:
     for source in (args.noto, args.fluent, args.emoji_test):
         if not source.exists():
             parser.error(f"no such file: {source} (the head of this script says where to get it)")
+    if args.out.suffix != ".npz":
+        parser.error(f"the data set's file must end in .npz, got {args.out}")
     if not features.check("raqm"):
         parser.error("this Pillow lacks raqm, which joins the parts of emojis such as the polar bear")
     return args
