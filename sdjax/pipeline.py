@@ -40,7 +40,6 @@ class Job:
     width: int
     guided: bool  # False: the negative prompt is not evaluated at all
     clip_skip: int = 0
-    options: guidance.Options = guidance.Options()
     decode: bool = True  # False: the result is latents
 
 
@@ -65,6 +64,7 @@ class Inputs(NamedTuple):
     seeds: jax.Array  # (B, 2) uint32
     rows: Rows  # of T rows, padded
     guidance: jax.Array  # (T,) float32, one value per row
+    rescale: jax.Array  # () float32, `guidance.Options.rescale`
     picture: Picture | None = None
     start_noise: jax.Array | None = None  # (B, h, w, z) standard normal
     step_noise: jax.Array | None = None  # (T, B, h, w, z)
@@ -149,7 +149,7 @@ def step(
 ) -> tuple[jax.Array, jax.Array]:
     """Row `number` of the sampler: one evaluation of the UNet, one linear update. Returns registers and the preview x0."""
     row = inputs.rows.at(number)
-    strength = lax.dynamic_index_in_dim(inputs.guidance, number, keepdims=False)
+    scale = lax.dynamic_index_in_dim(inputs.guidance, number, keepdims=False)
     unet = UNet(job.config.unet, jnp.dtype(job.dtype))
 
     def denoise(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -162,7 +162,7 @@ def step(
         if not job.guided:
             return output, output
         unguided, conditional = jnp.split(output, 2)
-        return guidance.guide(conditional, unguided, strength, job.options), unguided
+        return guidance.guide(conditional, unguided, scale, inputs.rescale), unguided
 
     if inputs.step_noise is None:
         normal = noise.normal(inputs.seeds, noise.STEP, number, registers.shape[2:])
@@ -333,18 +333,23 @@ class StableDiffusion:
 
 def shapes(config: Config) -> Params:
     """The parameter tree of a configuration as `jax.ShapeDtypeStruct`s, without making any array."""
-    key = jax.random.key(0)
+    length = config.text_encoder.max_positions
     size = 2 ** (len(config.unet.channels) - 1)
-    latents = jnp.zeros((1, size, size, config.unet.in_channels))
-    context = jnp.zeros((1, config.text_encoder.max_positions, config.unet.context_width))
-    tokens = jnp.zeros((1, config.text_encoder.max_positions), jnp.int32)
-    pixels = jnp.zeros((1, config.vae.factor, config.vae.factor, 3))
-    noise = jnp.zeros((1, 1, 1, config.vae.latent_channels))
-    models: dict[str, Callable[[], Params]] = {
-        "text_encoder": lambda: TextEncoder(config.text_encoder).init(key, tokens),
-        "unet": lambda: UNet(config.unet).init(key, latents, jnp.zeros(1), context),
-        "vae": lambda: VAE(config.vae).init(key, pixels, noise),
-    }
+
+    # All within eval_shape: not even a zero is computed.
+    def text_encoder() -> Params:
+        return TextEncoder(config.text_encoder).init(jax.random.key(0), jnp.zeros((1, length), jnp.int32))
+
+    def unet() -> Params:
+        latents = jnp.zeros((1, size, size, config.unet.in_channels))
+        context = jnp.zeros((1, length, config.unet.context_width))
+        return UNet(config.unet).init(jax.random.key(0), latents, jnp.zeros(1), context)
+
+    def vae() -> Params:
+        pixels = jnp.zeros((1, config.vae.factor, config.vae.factor, 3))
+        return VAE(config.vae).init(jax.random.key(0), pixels, jnp.zeros((1, 1, 1, config.vae.latent_channels)))
+
+    models = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
     return {name: jax.eval_shape(init)["params"] for name, init in models.items()}
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
@@ -142,6 +143,20 @@ def train(
             if last:
                 break
     return state
+
+
+def latest(directory: Path) -> State:
+    """The newest checkpoint that `train` left in `directory`, as NumPy arrays in plain dicts; the optimizer's is raw.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    with ocp.CheckpointManager(Path(directory).absolute() / "checkpoints") as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"{directory} holds no checkpoint of a training run")
+        saved = manager.restore(step, args=ocp.args.StandardRestore())
+    return State(**jax.tree.map(np.asarray, saved))
 
 
 @contextmanager

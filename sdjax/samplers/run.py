@@ -1,0 +1,157 @@
+"""What an algorithm sees of the run it is part of: noise levels, the model, noise. Numbers and symbols alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+from sdjax.schedule import Schedule
+
+Value = Any  # whatever adds up and takes factors: float64 arrays, or the symbols of symbols.py
+Scale = Literal["vp", "ve"]
+
+
+class Level(NamedTuple):
+    """A noise level: latents are alpha·x0 + std·noise in the model's scale ("vp"), x0 + sigma·noise in "ve"."""
+
+    time: float  # what the model is told, in training timesteps
+    sigma: float
+
+    @property
+    def alpha_bar(self) -> float:
+        """Ho et al.'s alpha bar: the signal's share of the variance."""
+        return 1.0 / (1.0 + self.sigma**2)
+
+    @property
+    def alpha(self) -> float:
+        return math.sqrt(self.alpha_bar)
+
+    @property
+    def std(self) -> float:
+        return self.sigma * self.alpha
+
+
+CLEAN = Level(0.0, 0.0)
+
+
+class Output(NamedTuple):
+    """One call of the model, as the two things that papers speak of, whatever the model was trained to return."""
+
+    x0: Value
+    epsilon: Value
+    unguided_x0: Value
+    unguided_epsilon: Value
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model: a row of the table."""
+
+    row: int
+    step: int
+    time: float
+    to_x0: tuple[float, float]  # x0 = to_x0 · [x_in, model output]
+
+
+class Machine(Protocol):
+    """Who computes: the tracer of symbols.py, or a test on float64 arrays."""
+
+    def evaluate(self, x_in: Value, call: Call) -> tuple[Value, Value]:
+        """The model's guided and unguided raw outputs."""
+
+    def normal(self, row: int, span: tuple[float, float]) -> Value:
+        """The standard normal of a row."""
+
+    def end_step(self, x: Value, row: int, blend: tuple[float, float]) -> Value:
+        """The latents between two of the user's steps, which inpainting may change."""
+
+
+class Run:
+    """One run of an algorithm over its noise levels.
+
+    Args:
+      schedule: of training.
+      levels: of the whole run, n + 1 of them, the last one clean. A rule that counts steps sees them all.
+      first: the first of them that is run; later ones with image-to-image.
+      prediction: what the model returns: "epsilon", "v" or "sample".
+      scale: of the algorithm's latents.
+    """
+
+    def __init__(
+        self, schedule: Schedule, levels: tuple[Level, ...], first: int, prediction: str, scale: Scale, machine: Machine
+    ) -> None:
+        self.schedule = schedule
+        self.levels = levels
+        self.first = first
+        self._prediction = prediction
+        self._scale = scale
+        self._machine = machine
+        self._step = first
+        self._row = -1  # the last call of the model
+        self._ended = True  # whether its step is over
+        self._drawn = -1  # the last row whose noise is spent
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Steps of the whole run."""
+        return len(self.levels) - 1
+
+    def steps(self) -> Iterator[tuple[Level, Level]]:
+        """The noise levels at the beginning and the end of each step that is run."""
+        for step in range(self.first, self.num_inference_steps):
+            self._step = step
+            yield self.levels[step], self.levels[step + 1]
+
+    def model(self, x: Value, level: Level) -> Output:
+        """Calls the model on latents x, in the algorithm's scale, of this noise level."""
+        x_in = x / self._size(level)
+        self._row += 1
+        self._ended = False
+        (x_to_x0, m_to_x0), (x_to_epsilon, m_to_epsilon) = _conversion(self._prediction, level)
+        call = Call(self._row, self._step, level.time, (x_to_x0, m_to_x0))
+        m, u = self._machine.evaluate(x_in, call)
+        return Output(
+            x0=x_to_x0 * x_in + m_to_x0 * m,
+            epsilon=x_to_epsilon * x_in + m_to_epsilon * m,
+            unguided_x0=x_to_x0 * x_in + m_to_x0 * u,
+            unguided_epsilon=x_to_epsilon * x_in + m_to_epsilon * u,
+        )
+
+    def noise(self, before: Level, after: Level) -> Value:
+        """A fresh standard normal; the two levels say which stretch of Brownian motion it is.
+
+        It is the noise of the last call of the model, or, once the step has ended or when that is spent, of the next.
+        """
+        row = max(self._row + self._ended, self._drawn + 1)
+        if row > self._row + 1:
+            raise ValueError("a sampler draws one noise per call of the model, this one draws more")
+        self._drawn = row
+        return self._machine.normal(row, (before.sigma, after.sigma))
+
+    def end_step(self, x: Value) -> Value:
+        """Declares x the latents at the end of the step, and returns them as the next step must use them."""
+        self._ended = True
+        return self._machine.end_step(x, self._row, self._blend(self._step + 1))
+
+    def start(self, x: Value) -> Value:
+        """Latents in the model's scale at the first level, in the algorithm's."""
+        return self._size(self.levels[self.first]) * x
+
+    def _size(self, level: Level) -> float:
+        return 1.0 if self._scale == "vp" else 1.0 / level.alpha
+
+    def _blend(self, index: int) -> tuple[float, float]:
+        level = self.levels[index]
+        return self._size(level) * level.alpha, self._size(level) * level.std
+
+
+def _conversion(prediction: str, level: Level) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Coefficients of [x_in, model output] in x0 and in epsilon; x_in = alpha x0 + std epsilon."""
+    alpha, std = level.alpha, level.std
+    if prediction == "epsilon":
+        return (1.0 / alpha, -std / alpha), (0.0, 1.0)
+    if prediction == "v":  # Salimans & Ho 2022, appendix D
+        return (alpha, -std), (std, alpha)
+    return (0.0, 1.0), (1.0 / std, -alpha / std)
