@@ -1,4 +1,4 @@
-"""The checks of what a person hands to `generate`: each returns it in one form, or raises a ValueError that names it."""
+"""The checks of what a person hands to `generate`: each returns it in one form or raises a ValueError naming it."""
 
 from __future__ import annotations
 
@@ -69,6 +69,16 @@ def seeds(seed: Any, count: int) -> list[int]:
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value <= LARGEST_SEED:
             raise ValueError(f"seed: expected 0 to 2^64 - 1 = {LARGEST_SEED}, got {value!r} for picture {i}")
     return [int(value) for value in values]
+
+
+def task(config: Config, has_image: bool, has_mask: bool, strength: Any) -> None:
+    """What goes together: a mask and a strength with a picture, a mask with the inpainting model."""
+    if has_mask and not has_image:
+        raise ValueError("mask_image: it says where a picture is to be repainted, and there is no image")
+    if strength is not None and not has_image:
+        raise ValueError("strength: it says how much of a given picture is made anew, and there is no image")
+    if config.unet.in_channels != config.unet.out_channels and not has_mask:
+        raise ValueError("image, mask_image: this model is made for inpainting and needs both")
 
 
 def size(config: Config, height: Any, width: Any, picture: Image.Image | None) -> tuple[int, int]:

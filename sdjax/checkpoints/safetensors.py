@@ -1,0 +1,171 @@
+"""The safetensors format: arrays mapped from a checked file, and written whole or not at all.
+
+The format (its own repository's README): 8 bytes, the header's length as a little-endian integer; the header, a JSON
+object name -> {dtype, shape, data_offsets} with an optional "__metadata__" of strings; the numbers, without holes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from sdjax.checkpoints.errors import CheckpointError
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+MAX_HEADER = 100_000_000  # bytes; the reference reader's limit
+MAX_RANK = 8
+# XLA's CPU backend uses an array where it lies, without a copy, when it begins at a multiple of this.
+ALIGNMENT = 64
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of a file, mapped from it read-only, and its metadata.
+
+    Every name, shape and offset is checked before any array exists. Nothing is copied.
+
+    Raises:
+      CheckpointError: not such a file, or one whose header does not describe it exactly.
+    """
+    header, start, size = _header(path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: its metadata is not an object of strings")
+    entries = {name: _entry(path, name, fields) for name, fields in header.items()}
+    end = 0
+    for name, (_, _, begin, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if begin != end:
+            raise CheckpointError(
+                f"{path}: {name!r} begins at byte {begin} of the data, the tensor before ends at {end}"
+            )
+        end = stop
+    if start + end != size:
+        raise CheckpointError(f"{path}: the header describes {start + end} bytes, the file has {size}; it is truncated")
+    if end == 0:
+        return {name: np.zeros(shape, dtype) for name, (dtype, shape, _, _) in entries.items()}, metadata
+    with open(path, "rb") as file:
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[start:]
+    arrays = {
+        name: data[begin:stop].view(dtype).reshape(shape) for name, (dtype, shape, begin, stop) in entries.items()
+    }
+    return arrays, metadata
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Names with their shapes, and the metadata, without touching the numbers. Raises CheckpointError as `read`."""
+    header, _, _ = _header(path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path}: its metadata is not an object of strings")
+    return {name: _entry(path, name, fields)[1] for name, fields in header.items()}, metadata
+
+
+def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes a file that every reader of the format accepts, atomically: a temporary file, synced, then renamed.
+
+    Arrays whose size is a multiple of 64 bytes come first and begin at multiples of 64 bytes of the file.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    # Within a class by falling item size, so that none begins off its own alignment.
+    order = sorted(arrays, key=lambda name: (arrays[name].nbytes % ALIGNMENT > 0, -arrays[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in order:
+        array = arrays[name]
+        stop = offset + array.nbytes
+        header[name] = {"dtype": names[array.dtype], "shape": list(array.shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for name in order:
+                file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's own is for secrets
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    # There is no way to read it but to set it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int, int]:
+    """The parsed header, where the data begins, and the file's size."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(
+                f"{path}: a header of {length} bytes is declared, the file has {size}; it is truncated"
+            )
+        if not 2 <= length <= MAX_HEADER:
+            raise CheckpointError(f"{path}: its header of {length} bytes is not one of a safetensors file")
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_no_twins)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its header is not the JSON of a safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its header is not an object")
+    return header, 8 + length, size
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return table
+
+
+def _entry(path: Any, name: str, fields: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """dtype, shape, first and last byte of one tensor, checked by themselves."""
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{path}: the entry of {name!r} is not dtype, shape and data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name!r} has the dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_size(n) for n in shape):
+        raise CheckpointError(f"{path}: {name!r} has the shape {shape!r:.80}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
+        raise CheckpointError(f"{path}: {name!r} has the data_offsets {offsets!r:.80}")
+    begin, stop = offsets
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    if stop - begin != expected:
+        raise CheckpointError(f"{path}: {name!r} needs {expected} bytes, its data_offsets span {stop - begin}")
+    return DTYPES[dtype], tuple(shape), begin, stop
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62

@@ -1,0 +1,402 @@
+"""generate(): a person's arguments, checked, turned into arrays; the program run; pictures back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image
+from tqdm import tqdm
+
+from sdjax import arguments, compilation_cache, images, noise, pipeline, program, samplers
+from sdjax import guidance as guidance_functions
+from sdjax.models.config import Config
+from sdjax.pipeline import StableDiffusion
+from sdjax.program import Inputs, Job, Picture, Result
+from sdjax.recipe import Recipe, texts
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BATCH = 8  # pictures at once, where nobody says
+
+PictureSource = Any  # a path, a PIL picture or an array
+Callback = Callable[[int, int, jax.Array], "bool | None"]
+
+
+class Canvas(NamedTuple):
+    """One picture to start from, as the program takes it, and how what comes back is put into the original."""
+
+    pixels: np.ndarray  # (H, W, 3) uint8
+    mask: np.ndarray | None  # (H, W, 1) float32, 1 = repaint
+    original: Image.Image | None = None  # with `padding_mask_crop`: the whole picture, its mask, the part worked on
+    whole_mask: Image.Image | None = None
+    region: images.Box | None = None
+
+
+class Task(NamedTuple):
+    """Everything that the N pictures of one call differ in; chunks of it go through the program."""
+
+    prompts: list[str]
+    negatives: list[str]
+    seeds: list[int]
+    token_ids: np.ndarray  # (N, windows, 77)
+    windows: np.ndarray  # (N, windows) bool
+    negative_ids: np.ndarray | None
+    negative_windows: np.ndarray | None
+    canvases: list[Canvas] | None
+    latents: np.ndarray | None  # (N, h, w, z)
+
+
+def generate(
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str] = "",
+    *,
+    model: StableDiffusion | str | Path | None = None,
+    image: PictureSource | Sequence[PictureSource] | None = None,
+    mask_image: PictureSource | Sequence[PictureSource] | None = None,
+    strength: float | None = None,
+    num_inference_steps: int = 50,
+    guidance_scale: float | Sequence[float] = 7.5,
+    guidance: guidance_functions.Options | None = None,
+    sampler: str | samplers.Sampler = "ddpm",
+    clip_skip: int = 0,
+    seed: int | Sequence[int] | None = None,
+    num_images_per_prompt: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int | None = None,
+    latents: np.ndarray | None = None,
+    output_type: str = "pil",
+    progress: bool = False,
+    callback: Callable[[int, int, jax.Array], bool | None] | None = None,
+    mesh: Mesh | None = None,
+    mask_blur: float = 0,
+    padding_mask_crop: int | None = None,
+) -> list[Image.Image] | np.ndarray:
+    """Pictures of what the prompts say.
+
+    All arguments are checked before anything is compiled. The first call of a shape compiles and says so; other
+    prompts, seeds, steps, strengths, guidance and samplers then run the same program.
+
+    Args:
+      prompt: one text or several. Texts over 75 tokens are encoded in windows of 75; none is cut.
+      negative_prompt: what to keep away from, one for all or one per prompt; unused where guidance is off.
+      model: what `sdjax.load` returns, or what it takes; None is the model that ships.
+      image: a picture to start from (a path, PIL picture or array; one for all or one per prompt).
+      mask_image: with `image`: white is repainted, black is kept to the bit. One for all or one per prompt.
+      strength: how much of the noise schedule a given picture goes through, in (0, 1]; int(steps * strength) steps
+        run. None is 0.8, and 1.0 with a mask.
+      num_inference_steps: 1 to the schedule's 1000.
+      guidance_scale: of classifier-free guidance (Ho & Salimans 2022), one number or one per step. Where all are
+        at most 1 the negative prompt is not evaluated and a step costs half.
+      guidance: further options, see `sdjax.guidance.Options`.
+      sampler: a name, or what `sdjax.samplers.create` returns.
+      clip_skip: layers of the text encoder to leave out at the end.
+      seed: picture i is drawn from seed + i; or one seed per picture. None draws one and logs it.
+      num_images_per_prompt: pictures of each prompt, one after the other.
+      height, width: pixels, multiples of the VAE's factor (8 for Stable Diffusion). None is the model's own size, or
+        the given picture's, scaled down where it has more than four times as many pixels as the model's.
+      batch_size: pictures made at once; longer lists run in chunks of this one shape, the last one padded.
+        None is the number of pictures, at most 8.
+      latents: (B, h, w, z) standard normal start noise in place of the seeds'.
+      output_type: "pil", "np" (B, H, W, 3) uint8, or "latent" (B, h, w, z) float32, scaled as the UNet sees them.
+      progress: show a bar; runs step by step, with the same pictures.
+      callback: called as callback(step, total, latents) after each step with the guess of the clean latents;
+        returning False stops, and the pictures finished so far are returned.
+      mesh: devices to share the batch out over; the weights are on each of them.
+      mask_blur: radius in pixels by which the mask's edge is softened when the pictures are put together.
+      padding_mask_crop: work on the masked part only, with so many pixels around it, at the full size.
+
+    Returns:
+      A list of PIL pictures, each with its recipe in `.info`; or an array, see `output_type`. After Ctrl-C, what
+      was finished.
+
+    Raises:
+      ValueError: an argument is not of these, naming it.
+      CheckpointError: the model could not be read.
+      FloatingPointError: a picture came out with numbers that are not finite; it names the stage.
+    """
+    if model is None:
+        model = _default_model()
+    elif not isinstance(model, StableDiffusion):
+        model = pipeline.load(model)
+    config = model.config
+    if output_type not in ("pil", "np", "latent"):
+        raise ValueError(f'output_type: expected "pil", "np" or "latent", got {output_type!r}')
+    if arguments.whole("clip_skip", clip_skip, 0) >= config.text_encoder.num_layers:
+        raise ValueError(f"clip_skip: the text encoder has {config.text_encoder.num_layers} layers, got {clip_skip}")
+
+    repeats = arguments.whole("num_images_per_prompt", num_images_per_prompt, 1)
+    listed = arguments.in_step(
+        {"prompt": prompt, "negative_prompt": negative_prompt, "image": image, "mask_image": mask_image}
+    )
+    prompts = arguments.texts("prompt", listed["prompt"] or [])
+    negatives = arguments.texts("negative_prompt", listed["negative_prompt"] or [])
+    count = len(prompts) * repeats
+    seeds = arguments.seeds(seed, count)
+    if seed is None:
+        logger.info("seed %d", seeds[0])
+
+    arguments.task(config, listed["image"] is not None, listed["mask_image"] is not None, strength)
+    if isinstance(sampler, str):
+        sampler = samplers.create(
+            sampler, schedule=model.schedule(), prediction=config.prediction, steps_offset=config.steps_offset
+        )
+    inpaint = listed["mask_image"] is not None
+    if strength is None:
+        strength = 1.0 if inpaint or listed["image"] is None else 0.8
+    rows = sampler.rows(num_inference_steps, strength)
+    if listed["image"] is None or (inpaint and strength == 1):
+        rows = rows.from_noise()
+    scales = guidance_functions.per_row(guidance_scale, num_inference_steps, rows.step)
+    guided = bool(sampler.reads_unguided or (scales > 1.0).any())
+    rescale = (guidance or guidance_functions.Options()).rescale
+    rows = rows.padded(samplers.bucket(len(rows)))
+    scales = np.pad(scales, (0, len(rows) - len(scales)))
+
+    canvases, height, width = _canvases(
+        config, listed["image"], listed["mask_image"], height, width, mask_blur, padding_mask_crop
+    )
+    if padding_mask_crop is not None and output_type != "pil":
+        raise ValueError('padding_mask_crop: pictures keep their own sizes; take output_type "pil"')
+    ids, windows, negative_ids, negative_windows = arguments.tokens(
+        model.tokenizer, prompts, negatives if guided else None
+    )
+    job = Job(config, model.dtype, height, width, guided, clip_skip, decode=output_type != "latent")
+    each = functools.partial(arguments.one_per_picture, repeats=repeats)
+    task = Task(
+        prompts=each(prompts),
+        negatives=each(negatives),
+        seeds=seeds,
+        token_ids=np.repeat(ids, repeats, 0),
+        windows=np.repeat(windows, repeats, 0),
+        negative_ids=None if negative_ids is None else np.repeat(negative_ids, repeats, 0),
+        negative_windows=None if negative_windows is None else np.repeat(negative_windows, repeats, 0),
+        canvases=None if canvases is None else each(canvases),
+        latents=arguments.start_noise(latents, (count, *job.latent_shape)),
+    )
+    size = min(count, DEFAULT_BATCH) if batch_size is None else arguments.whole("batch_size", batch_size, 1)
+    devices = 1 if mesh is None else mesh.size
+    size = -(-size // devices) * devices
+    arguments.fits_in_memory(config, model.dtype, height, width, size // devices, model.params)
+
+    stepwise = progress or callback is not None
+    common = Recipe(
+        prompt="",
+        negative_prompt="",
+        num_inference_steps=int(num_inference_steps),
+        guidance_scale=tuple(map(float, guidance_scale)) if np.ndim(guidance_scale) else float(guidance_scale),
+        sampler=sampler.name,
+        sampler_options={
+            "spacing": sampler.spacing,
+            "prediction": sampler.prediction,
+            "steps_offset": sampler.steps_offset,
+            **dict(sampler.options),
+        },
+        strength=None if canvases is None else float(strength),
+        clip_skip=clip_skip,
+        seed=0,
+        height=height,
+        width=width,
+        rescale=float(rescale),
+        model=model.source,
+        model_sha256=model.fingerprint,
+        dtype=model.dtype,
+        driver="stepwise" if stepwise else "scan",
+        batch=size,
+        index=0,
+        task="text" if canvases is None else "inpaint" if inpaint else "image",
+        image_sha256=None,
+        mask_sha256=None,
+        mask_blur=float(mask_blur),
+        padding_mask_crop=padding_mask_crop,
+        windows=windows.shape[1],
+        versions=versions(),
+    )
+
+    params = model.params if mesh is None else model.place(mesh).params
+    done: list[np.ndarray] = []
+    try:
+        with compilation_cache.enabled():
+            for first in range(0, count, size):
+                chosen = np.arange(first, first + size).clip(max=count - 1)  # the last picture fills up the last chunk
+                inputs = _place(_inputs(task, chosen, rows, scales, rescale), mesh)
+                if stepwise:
+                    result = _run_stepwise(job, params, inputs, progress, callback)
+                else:
+                    result = program.run_scanned(job, params, inputs)
+                if result is None:
+                    break
+                done += _sound(result, first)[: count - first]
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        logger.warning("interrupted: %d of %d pictures are finished", len(done), count)
+    if output_type == "pil":
+        return [_picture(pixels, task, common, i) for i, pixels in enumerate(done)]
+    return np.stack(done) if done else np.zeros((0, *job.output_shape))
+
+
+def versions() -> dict[str, str]:
+    """What a picture's bits depend on besides its recipe."""
+    device = jax.devices()[0]
+    return {
+        "sdjax": version("sdjax"),
+        "jax": jax.__version__,
+        "jaxlib": version("jaxlib"),
+        "platform": device.platform,
+        "device": device.device_kind,
+    }
+
+
+@functools.cache
+def _default_model() -> StableDiffusion:
+    return pipeline.load()
+
+
+def _canvases(
+    config: Config,
+    sources: list[PictureSource] | None,
+    mask_sources: list[PictureSource] | None,
+    height: int | None,
+    width: int | None,
+    mask_blur: float,
+    padding: int | None,
+) -> tuple[list[Canvas] | None, int, int]:
+    """The pictures to start from at the size to work at, and that size."""
+    if not (isinstance(mask_blur, (int, float)) and 0 <= mask_blur < math.inf):
+        raise ValueError(f"mask_blur: expected a radius in pixels, 0 or more, got {mask_blur!r}")
+    if padding is not None:
+        arguments.whole("padding_mask_crop", padding, 0)
+    if mask_sources is None and (mask_blur or padding is not None):
+        raise ValueError("mask_blur, padding_mask_crop: they concern a mask_image, and there is none")
+    if sources is None:
+        return None, *arguments.size(config, height, width, None)
+    # A picture given once for many prompts is read once.
+    load_image = _once(lambda i, source: images.load_image(source, name=f"image[{i}]"))
+    pictures = [load_image(i, source) for i, source in enumerate(sources)]
+    height, width = arguments.size(config, height, width, pictures[0] if padding is None else None)
+    if mask_sources is None:
+        return [Canvas(np.asarray(images.resize(p, width, height)), None) for p in pictures], height, width
+
+    load_mask = _once(lambda i, source: images.load_mask(source, name=f"mask_image[{i}]"))
+    canvases = []
+    for i, (picture, source) in enumerate(zip(pictures, mask_sources, strict=True)):
+        mask = load_mask(i, source)
+        if padding is None:
+            mask = images.blur_mask(images.resize_mask(mask, width, height), mask_blur)
+            canvases.append(_canvas(images.resize(picture, width, height), mask))
+        else:
+            mask = images.blur_mask(images.resize_mask(mask, *picture.size), mask_blur)
+            region = images.crop_region(mask, padding, width, height)
+            part = images.resize(picture.crop(region), width, height)
+            part_mask = images.resize(mask.crop(region), width, height)
+            canvases.append(_canvas(part, part_mask)._replace(original=picture, whole_mask=mask, region=region))
+    return canvases, height, width
+
+
+def _canvas(picture: Image.Image, mask: Image.Image) -> Canvas:
+    return Canvas(np.asarray(picture), np.asarray(mask, np.float32)[..., None] / np.float32(255))
+
+
+def _once(load: Callable[[int, PictureSource], Image.Image]) -> Callable[[int, PictureSource], Image.Image]:
+    """The same loader, which reads one object that comes several times only the first time."""
+    seen: dict[int, Image.Image] = {}
+
+    def cached(i: int, source: PictureSource) -> Image.Image:
+        if id(source) not in seen:
+            seen[id(source)] = load(i, source)
+        return seen[id(source)]
+
+    return cached
+
+
+def _inputs(task: Task, chosen: np.ndarray, rows: samplers.Rows, scales: np.ndarray, rescale: float) -> Inputs:
+    """The program's arguments for the pictures of these numbers."""
+    picture = None
+    if task.canvases is not None:
+        parts = [task.canvases[i] for i in chosen]
+        masks = [part.mask for part in parts if part.mask is not None]
+        picture = Picture(np.stack([part.pixels for part in parts]), np.stack(masks) if masks else None)
+    return Inputs(
+        token_ids=task.token_ids[chosen],
+        windows=task.windows[chosen],
+        negative_ids=None if task.negative_ids is None else task.negative_ids[chosen],
+        negative_windows=None if task.negative_windows is None else task.negative_windows[chosen],
+        seeds=noise.seed_words([task.seeds[i] for i in chosen]),
+        rows=rows,
+        guidance=scales,
+        rescale=np.float32(rescale),
+        picture=picture,
+        start_noise=None if task.latents is None else task.latents[chosen],
+    )
+
+
+def _place(inputs: Inputs, mesh: Mesh | None) -> Inputs:
+    """The arguments on a mesh: what has a batch is shared out over all its axes, the rest is everywhere."""
+    if mesh is None:
+        return inputs
+    shared = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    common = {"rows", "guidance", "rescale"}
+    placed = {k: jax.device_put(v, everywhere if k in common else shared) for k, v in inputs._asdict().items()}
+    return Inputs(**placed)
+
+
+def _run_stepwise(job: Job, params: Any, inputs: Inputs, progress: bool, callback: Callback | None) -> Result | None:
+    """The stepwise driver with bar and callback; None where the callback stopped it."""
+    with tqdm(disable=not progress, unit="step", leave=False) as bar:
+        for event in program.run_stepwise(job, params, inputs):
+            if isinstance(event, Result):
+                return event
+            bar.total = event.total
+            bar.update()
+            if callback is not None and callback(event.step, event.total, event.latents) is False:
+                return None
+    raise AssertionError("the driver ends with a result")
+
+
+def _sound(result: Result, first: int) -> list[np.ndarray]:
+    """The pictures of a chunk, on the host; refused if they hold what is not finite."""
+    for stage, finite in (("the UNet's latents", result.finite_latents), ("the VAE's pixels", result.finite_pixels)):
+        if not np.all(finite):
+            number = first + int(np.argmin(finite))
+            raise FloatingPointError(
+                f"picture {number}: {stage} are not finite numbers; look at the weights, or load with dtype='float32'"
+            )
+    return list(np.asarray(result.pictures))
+
+
+def _picture(pixels: np.ndarray, task: Task, common: Recipe, i: int) -> Image.Image:
+    """Picture i with its recipe; of a cropped job, put back into its original."""
+    image = Image.fromarray(pixels)
+    canvas = None if task.canvases is None else task.canvases[i]
+    if canvas is not None and canvas.original is not None:
+        image = images.paste(canvas.original, image, canvas.whole_mask, canvas.region)
+        image.info.clear()
+    recipe = dataclasses.replace(
+        common,
+        prompt=task.prompts[i],
+        negative_prompt=task.negatives[i],
+        seed=task.seeds[i],
+        index=i % common.batch,
+        image_sha256=None if canvas is None else _digest(canvas.pixels),
+        latents_sha256=None if task.latents is None else _digest(task.latents[i]),
+        mask_sha256=None if canvas is None or canvas.mask is None else _digest(canvas.mask),
+    )
+    image.info.update(texts(recipe))
+    return image
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

@@ -1,0 +1,184 @@
+"""The options of the `sdjax` command: names, ranges, help. Nothing here needs JAX, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import sdjax
+
+DTYPES = ("float32", "bfloat16")
+LARGEST_SEED = 2**64 - 1
+
+EXAMPLES = """\
+examples:
+  sdjax generate "a 3d emoji of a fox on a blue background"
+  sdjax generate "a castle at dawn" --model v1-5-pruned-emaonly.safetensors --steps 30 --cfg 7 --seed 1 -o castle.png
+  sdjax generate "a castle in winter" --image castle.png --strength 0.6
+  sdjax generate --from castle.png
+  sdjax info castle.png
+
+sdjax COMMAND --help tells more.
+"""
+GENERATE_EXAMPLES = """\
+examples:
+  sdjax generate "a red fox" "a blue whale" --seed 1      two pictures, named after prompt and seed
+  sdjax generate "a red fox" --images-per-prompt 8 -o "fox-{i:02}.png"
+  sdjax generate --prompts-file prompts.txt -o pictures/
+  sdjax generate "a dog" --image street.jpg --mask-image mask.png
+  sdjax generate --from fox.png                           the same picture again
+  sdjax generate --from fox.png --cfg 4                   the same but for one thing
+
+Every PNG carries its recipe; `sdjax info fox.png` shows it. What is written is named on standard output.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """One style for all; no abbreviations, which a new option would make ambiguous."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+
+class _Version(argparse.Action):
+    """JAX's version without importing it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version  # slow
+
+        print(f"sdjax {sdjax.__version__} (jax {version('jax')}, jaxlib {version('jaxlib')})")
+        parser.exit()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line. What it returns has `command`, and for "generate" the names of its arguments."""
+    main = Parser(prog="sdjax", description="Stable Diffusion in JAX: pictures from text.", epilog=EXAMPLES)
+    main.add_argument("--version", action=_Version, nargs=0, help="show the versions of sdjax and JAX")
+    commands = main.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    generate = commands.add_parser(
+        "generate",
+        usage="%(prog)s PROMPT ... [options]",
+        description="Makes pictures of what the prompts say.",
+        epilog=GENERATE_EXAMPLES,
+        help="make pictures",
+    )
+    generate.set_defaults(command="generate")
+    _add_generate(generate)
+
+    convert = commands.add_parser(
+        "convert",
+        description="Writes any checkpoint that sdjax reads as one native file, which loads at once.",
+        epilog="example:\n  sdjax convert v1-5-pruned.ckpt v1-5.safetensors --dtype bfloat16\n",
+        help="make one native file of a checkpoint",
+    )
+    convert.set_defaults(command="convert")
+    add = convert.add_argument
+    add("source", metavar="SOURCE", help="a .ckpt or .safetensors file, or a diffusers folder")
+    add("target", metavar="TARGET", help="the .safetensors file to write")
+    ema = "take the averaged weights, or not, where there are both (default: as the model is loaded)"
+    add("--ema", action=argparse.BooleanOptionalAction, help=ema)
+    add("--dtype", choices=DTYPES, help="round the weights to it (default: keep theirs)")
+    add("--overwrite", action="store_true", help="replace TARGET if it exists")
+
+    says = "Says what a file is: a PNG's recipe, or the model in a checkpoint."
+    info = commands.add_parser("info", description=says, help="say what a file is")
+    info.set_defaults(command="info")
+    info.add_argument("file", metavar="FILE", help="a picture or a checkpoint")
+    info.add_argument("--json", action="store_true", help="a picture's recipe as JSON")
+
+    cache = commands.add_parser(
+        "cache",
+        description="Compiled programs are kept on disk and used again. This shows where, and how big they are.",
+        epilog="environment:\n  SDJAX_CACHE       another folder, or: off\n  SDJAX_CACHE_GIB   its largest size (4)\n",
+        help="show or empty the cache of compiled programs",
+    )
+    cache.set_defaults(command="cache")
+    cache.add_argument("--clear", action="store_true", help="delete them")
+    return main
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what to make").add_argument
+    whole = _number(int, 1)
+    pixels: dict[str, Any] = {"type": _number(int, 1), "metavar": "PIXELS"}
+    add("prompts", metavar="PROMPT", nargs="*", help="a text, in quotes; several make several pictures")
+    add("--prompts-file", metavar="FILE", help="texts, one a line; - is standard input")
+    add("--negative-prompt", metavar="TEXT", help="what to keep away from")
+    add("--images-per-prompt", metavar="N", type=whole, default=1, help="pictures of each prompt (default: 1)")
+    add("--seed", type=_number(int, 0, LARGEST_SEED), help="picture i gets SEED + i (default: a random one)")
+    add("--height", **pixels, help="a multiple of 8 (default: the model's, or the image's)")
+    add("--width", **pixels, help="likewise")
+    add("--from", dest="source", metavar="PNG", help="make this picture again; other options change its recipe")
+
+    add = parser.add_argument_group("from a picture").add_argument
+    add("--image", metavar="FILE", help="the picture to start from")
+    add("--mask-image", metavar="FILE", help="white is repainted, black is kept")
+    strength = "how much is changed, up to 1 (default: 0.8, with a mask 1)"
+    add("--strength", metavar="X", type=_number(float, 1e-9, 1), help=strength)
+    add("--mask-blur", type=_number(float, 0), metavar="PIXELS", help="soften the mask's edge (default: 0)")
+    crop = "work at the full size on the masked part only, with so much around it"
+    add("--padding-mask-crop", type=_number(int, 0), metavar="PIXELS", help=crop)
+
+    add = parser.add_argument_group("how").add_argument
+    add("--model", metavar="PATH", help="a checkpoint: file or folder (default: the model that ships)")
+    steps: dict[str, Any] = {"dest": "num_inference_steps", "type": whole, "metavar": "N"}
+    add("--steps", "--num-inference-steps", **steps, help="of the sampler (default: 50)")
+    scale = "how closely to follow the prompt; one, or one per step as X,X,X (default: 7.5)"
+    add("--guidance-scale", "--cfg", type=_scales, metavar="X", help=scale)
+    add("--guidance-rescale", type=_number(float, 0, 1), metavar="X", help="tame strong guidance, 0 to 1 (default: 0)")
+    add("--sampler", metavar="NAME", help="by our, diffusers' or A1111's name (default: ddpm)")
+    add("--spacing", metavar="NAME", help="of the sampler's steps, such as karras (default: the sampler's)")
+    option: dict[str, Any] = {"type": _option, "action": "append", "default": [], "metavar": "NAME=VALUE"}
+    add("--sampler-option", **option, help="such as eta=0.5; may be repeated")
+    add("--clip-skip", type=_number(int, 0), metavar="N", help="last text encoder layers to leave out (default: 0)")
+    add("--dtype", choices=DTYPES, help="of computation (default: float32 on a CPU, else bfloat16)")
+    add("--batch-size", type=whole, metavar="N", help="pictures at once (default: their number, at most 8)")
+
+    add = parser.add_argument_group("output").add_argument
+    path = (
+        "a file, .png, .jpg or .webp; for several pictures a folder, or a name with {i} or {seed} in it"
+        " (default: here, named after prompt and seed). Only one file named in full is ever replaced."
+    )
+    add("-o", "--output", metavar="PATH", help=path)
+    add("--no-progress", action="store_true", help="no bar; where there is no terminal there is none anyway")
+
+
+def _number(kind: Callable[[str], Any], least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """The type of an option: a number in a range."""
+    ending = f" to {most:g}" if most < LARGEST_SEED else " or more" if most == math.inf else " to 2^64 - 1"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or value == math.inf:
+            what = "a whole number" if kind is int else "a number"
+            start = "above 0 and up" if 0 < least < 1 else f"{least:g}"
+            raise argparse.ArgumentTypeError(f"expected {what}, {start}{ending}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _scales(text: str) -> float | tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (math.nan,)
+    if not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"expected a number, or one per step with commas between, got {text!r}")
+    return values[0] if len(values) == 1 else values
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

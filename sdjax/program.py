@@ -1,0 +1,272 @@
+"""From token ids to pixels: the one pure program and its two drivers."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sdjax import guidance, noise
+from sdjax.models.config import Config
+from sdjax.models.text_encoder import TextEncoder
+from sdjax.models.unet import UNet
+from sdjax.models.vae import VAE
+from sdjax.samplers import rows as sampler_rows
+from sdjax.samplers.rows import Rows
+
+Params = Any
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a compiled program is made for. Everything else is an argument of it."""
+
+    config: Config
+    dtype: str
+    height: int  # pixels, as the width a multiple of the VAE's factor
+    width: int
+    guided: bool  # False: the negative prompt is not evaluated at all
+    clip_skip: int = 0
+    decode: bool = True  # False: the result is latents
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, z) of one picture."""
+        vae = self.config.vae
+        return self.height // vae.factor, self.width // vae.factor, vae.latent_channels
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """Of one picture of the result."""
+        return (self.height, self.width, 3) if self.decode else self.latent_shape
+
+
+class Picture(NamedTuple):
+    """The picture that a job starts from."""
+
+    image: jax.Array  # (B, H, W, 3) uint8
+    mask: jax.Array | None  # (B, H, W, 1) float32, 1 = repaint; between 0 and 1 only where its edge is blurred
+
+
+class Inputs(NamedTuple):
+    """The arguments of the program that differ from picture to picture and run to run; B pictures, N windows.
+
+    None stands for what a job has not got; its presence is part of the compiled shape. The three noises are drawn
+    from the seeds where they are None; given, they make a run comparable with another program's.
+    """
+
+    token_ids: jax.Array  # (B, N, 77) int32
+    windows: jax.Array  # (B, N) bool: which of them hold text
+    negative_ids: jax.Array | None  # (B, N, 77) int32, with guidance
+    negative_windows: jax.Array | None
+    seeds: jax.Array  # (B, 2) uint32
+    rows: Rows  # of T rows, padded
+    guidance: jax.Array  # (T,) float32, one value per row
+    rescale: jax.Array  # () float32, `guidance.Options.rescale`
+    picture: Picture | None = None
+    start_noise: jax.Array | None = None  # (B, h, w, z) standard normal
+    step_noise: jax.Array | None = None  # (T, B, h, w, z)
+    encode_noise: jax.Array | None = None  # (B, h, w, z)
+
+
+class Conditions(NamedTuple):
+    """What stays the same through the loop.
+
+    With guidance, places 2i and 2i + 1 of a batch are picture i without and with its prompt: neighbours rather than
+    two halves, so that over several devices a picture stays on its own.
+    """
+
+    context: jax.Array  # (B or 2B, 77 N, D)
+    key_mask: jax.Array | None  # (B or 2B, 77 N) bool; None for a single window
+    extra: jax.Array | None  # (B, h, w, z + 1): mask and masked picture, for the 9-channel UNet
+    clean: jax.Array | None  # (B, h, w, z): the picture's latents, scaled
+    noise: jax.Array  # (B, h, w, z): the noise the run started from
+    repaint: jax.Array | None  # (B, h, w, 1): 1 where any pixel of a latent is to be repainted
+
+
+class Result(NamedTuple):
+    """What a program returns."""
+
+    pictures: (
+        jax.Array
+    )  # (B, H, W, 3) uint8; or the latents (B, h, w, z) float32, scaled, where the job does not decode
+    finite_latents: jax.Array  # (B,) bool
+    finite_pixels: jax.Array  # (B,) bool
+
+
+def encode_prompts(job: Job, params: Params, token_ids: jax.Array) -> jax.Array:
+    """(B, N, 77) -> contexts (B, 77 N, D): every window through the text encoder, then side by side."""
+    b, n, length = token_ids.shape
+    encoder = TextEncoder(job.config.text_encoder, jnp.dtype(job.dtype))
+    states = encoder.apply({"params": params["text_encoder"]}, token_ids.reshape(b * n, length), job.clip_skip)
+    return states.reshape(b, n * length, -1)
+
+
+def encode_picture(job: Job, params: Params, pixels: jax.Array, normal: jax.Array) -> jax.Array:
+    """(B, H, W, 3) in [-1, 1] -> a sample of its latents, scaled."""
+    vae = VAE(job.config.vae, jnp.dtype(job.dtype))
+    mean, logvar = vae.apply({"params": params["vae"]}, pixels, method="encode")
+    return (mean + jnp.exp(0.5 * logvar) * normal) * job.config.vae.scaling_factor
+
+
+def start(job: Job, params: Params, inputs: Inputs) -> tuple[jax.Array, Conditions]:
+    """Everything before the loop: contexts, the picture's latents, the start. Returns the registers (R, B, h, w, z)."""
+    config = job.config
+    shape = job.latent_shape
+
+    token_ids, valid = inputs.token_ids, inputs.windows
+    if job.guided:
+        token_ids = _pairs(inputs.negative_ids, token_ids)
+        valid = _pairs(inputs.negative_windows, valid)
+    context = encode_prompts(job, params, token_ids)
+    key_mask = None if valid.shape[1] == 1 else jnp.repeat(valid, token_ids.shape[-1], 1)
+
+    start_noise = inputs.start_noise
+    if start_noise is None:
+        start_noise = noise.normal(inputs.seeds, noise.START, 0, shape)
+    clean = repaint = extra = None
+    if inputs.picture is not None:
+        pixels, mask = to_unit(inputs.picture.image), inputs.picture.mask
+        encode_noise = inputs.encode_noise
+        if encode_noise is None:
+            encode_noise = noise.normal(inputs.seeds, noise.ENCODE, 0, shape)
+        clean = encode_picture(job, params, pixels, encode_noise)
+        if mask is not None:
+            hard = (mask >= 0.5).astype(jnp.float32)
+            repaint = max_pool(mask, config.vae.factor)
+            if config.unet.in_channels > config.unet.out_channels:
+                # The inpainting model was trained on masks resized by picking pixels, and never blends.
+                picked = hard[:, :: config.vae.factor, :: config.vae.factor]
+                masked = encode_picture(job, params, pixels * (1.0 - hard), encode_noise)
+                extra, repaint = jnp.concatenate([picked, masked], -1), None
+    x = inputs.rows.start[1] * start_noise
+    if clean is not None:
+        x = x + inputs.rows.start[0] * clean
+    return sampler_rows.initial_registers(x), Conditions(context, key_mask, extra, clean, start_noise, repaint)
+
+
+def step(
+    job: Job, params: Params, inputs: Inputs, conditions: Conditions, registers: jax.Array, number: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Row `number` of the sampler: one evaluation of the UNet, one linear update. Returns the registers and its x0."""
+    row = inputs.rows[number]
+    scale = lax.dynamic_index_in_dim(inputs.guidance, number, keepdims=False)
+    unet = UNet(job.config.unet, jnp.dtype(job.dtype))
+
+    def denoise(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if conditions.extra is not None:
+            x = jnp.concatenate([x, conditions.extra], -1)
+        if job.guided:
+            x = _pairs(x, x)
+        times = jnp.broadcast_to(time, x.shape[:1])
+        output = unet.apply({"params": params["unet"]}, x, times, conditions.context, conditions.key_mask)
+        if not job.guided:
+            return output, output
+        unguided, conditional = output[0::2], output[1::2]
+        return guidance.guide(conditional, unguided, scale, inputs.rescale), unguided
+
+    if inputs.step_noise is None:
+        normal = noise.normal(inputs.seeds, noise.STEP, number, registers.shape[2:])
+    else:
+        normal = lax.dynamic_index_in_dim(inputs.step_noise, number, keepdims=False)
+    registers, x0 = sampler_rows.step(denoise, registers, row, normal)
+    if conditions.repaint is not None:
+        registers = sampler_rows.restore(registers, row, conditions.repaint, conditions.clean, conditions.noise)
+    return registers, x0
+
+
+def finish(job: Job, params: Params, inputs: Inputs, registers: jax.Array) -> Result:
+    """From the last registers to pixels, outside of the mask the original's; or to the latents themselves."""
+    latents = registers[0]
+    sound = jnp.isfinite(latents).all((1, 2, 3))
+    if not job.decode:
+        return Result(latents, sound, sound)
+    vae = VAE(job.config.vae, jnp.dtype(job.dtype))
+    images = vae.apply({"params": params["vae"]}, latents / job.config.vae.scaling_factor, method="decode")
+    pixels = to_pixels(images)
+    picture = inputs.picture
+    if picture is not None and picture.mask is not None:
+        # In float32 the original's 8 bits times 1 plus anything times 0 are the original's, to the bit.
+        mixed = picture.mask * pixels.astype(jnp.float32) + (1.0 - picture.mask) * picture.image.astype(jnp.float32)
+        pixels = jnp.round(mixed).astype(jnp.uint8)
+    return Result(pixels, sound, jnp.isfinite(images).all((1, 2, 3)))
+
+
+def _pairs(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Two batches (B, ...) as one (2B, ...), picture by picture."""
+    return jnp.stack([first, second], 1).reshape(2 * first.shape[0], *first.shape[1:])
+
+
+def to_pixels(images: jax.Array) -> jax.Array:
+    """float32 in about [-1, 1] -> uint8, clipped."""
+    return jnp.clip(jnp.round(images * 127.5 + 127.5), 0.0, 255.0).astype(jnp.uint8)
+
+
+def to_unit(image: jax.Array) -> jax.Array:
+    """uint8 -> float32 in [-1, 1]."""
+    return image.astype(jnp.float32) / 127.5 - 1.0
+
+
+def max_pool(mask: jax.Array, factor: int) -> jax.Array:
+    """(B, H, W, 1) -> (B, h, w, 1): 1 where any pixel of the cell is above 0, so that none is left half known."""
+    b, h, w, _ = mask.shape
+    cells = mask.reshape(b, h // factor, factor, w // factor, factor)
+    return (cells.max((2, 4)) > 0.0).astype(jnp.float32)[..., None]
+
+
+def run(job: Job, params: Params, inputs: Inputs) -> Result:
+    """The whole path from token ids to pixels as one pure function. `Job` is static, all else are arrays.
+
+    The rows are scanned over; `lax.cond` skips those that only fill up the compiled length.
+    """
+    # Said while tracing, which happens once per program.
+    logger.warning("compiling for %d x %d pixels, batch %d: once per shape", job.width, job.height, len(inputs.seeds))
+    registers, conditions = start(job, params, inputs)
+
+    def body(registers: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+        def live(registers: jax.Array) -> jax.Array:
+            return step(job, params, inputs, conditions, registers, number)[0]
+
+        return lax.cond(inputs.rows.active[number], live, lambda registers: registers, registers), None
+
+    registers, _ = lax.scan(body, registers, jnp.arange(inputs.rows.active.shape[0]))
+    return finish(job, params, inputs, registers)
+
+
+# One jit per function for the whole process: the cache of compiled programs is theirs.
+run_scanned = jax.jit(run, static_argnums=0)
+_start = jax.jit(start, static_argnums=0)
+_step = jax.jit(step, static_argnums=0, donate_argnums=4)
+_finish = jax.jit(finish, static_argnums=0)
+
+
+class Progress(NamedTuple):
+    """What the stepwise driver shows after each of the user's steps."""
+
+    step: int  # of this run, from 1
+    total: int
+    latents: jax.Array  # (B, h, w, z): the current guess of the clean latents, scaled
+
+
+def run_stepwise(job: Job, params: Params, inputs: Inputs) -> Iterator[Progress | Result]:
+    """The same step from a Python loop: yields a `Progress` after every step and the `Result` at the end.
+
+    Closing the iterator stops the run. The pictures are `run_scanned`'s.
+    """
+    live = np.flatnonzero(np.asarray(inputs.rows.active))
+    steps = np.asarray(inputs.rows.step)[live]
+    done, total = 0, len(np.unique(steps))
+    registers, conditions = _start(job, params, inputs)
+    for i, number in enumerate(live):
+        registers, x0 = _step(job, params, inputs, conditions, registers, np.int32(number))
+        if i + 1 == len(live) or steps[i + 1] != steps[i]:  # a step may be several rows
+            done += 1
+            yield Progress(done, total, x0)
+    yield _finish(job, params, inputs, registers)
