@@ -89,13 +89,13 @@ def size(config: Config, height: Any, width: Any, picture: Image.Image | None) -
     """
     factor, own = config.vae.factor, config.image_size
     if picture is None:
-        height, width = height or own, width or own
+        fitting = [own, own]
     else:
         scale = 1.0
         if picture.width * picture.height > 4 * own**2:
             scale = (own**2 / (picture.width * picture.height)) ** 0.5
         fitting = [max(factor, int(side * scale) // factor * factor) for side in (picture.height, picture.width)]
-        height, width = (wish or side for wish, side in zip((height, width), fitting, strict=True))
+    height, width = (side if wish is None else wish for wish, side in zip((height, width), fitting, strict=True))
     for name, value in (("height", height), ("width", width)):
         whole(name, value, 1)
         if value % factor:

@@ -355,7 +355,7 @@ def _place(inputs: Inputs, mesh: Mesh | None) -> Inputs:
 
 def _run_stepwise(job: Job, params: Any, inputs: Inputs, progress: bool, callback: Callback | None) -> Result | None:
     """The stepwise driver with bar and callback; None where the callback stopped it."""
-    with tqdm(disable=not progress, unit="step", leave=False) as bar:
+    with tqdm(disable=not progress, unit="step", leave=False, mininterval=0) as bar:
         for event in program.run_stepwise(job, params, inputs):
             if isinstance(event, Result):
                 return event

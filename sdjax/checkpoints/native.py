@@ -7,10 +7,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
-from sdjax.checkpoints import safetensors
+from sdjax.checkpoints import configurations, safetensors
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.models.config import Config
 
@@ -31,14 +30,15 @@ def save(
       path: of the file; it is replaced if there is one.
       params: nested dicts of arrays.
       config: of the model.
-      dtype: to round the numbers to, "float32", "bfloat16", ...; None keeps theirs.
+      dtype: to round the numbers to, "float32", "bfloat16", ...; None keeps theirs. It is done tensor by tensor.
       metadata: more strings to keep, such as where the numbers came from.
+
+    Raises:
+      ValueError: an array or a dtype that the format does not have.
     """
-    arrays = flatten(params)
-    if dtype is not None:
-        arrays = {name: array.astype(jax.numpy.dtype(dtype)) for name, array in arrays.items()}
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
     texts = {"format": FORMAT, "version": VERSION, "config": json.dumps(config.to_dict()), **(metadata or {})}
-    safetensors.write(path, arrays, texts)
+    safetensors.write(path, arrays, texts, dtype)
 
 
 def is_native(metadata: Mapping[str, str]) -> bool:
@@ -49,26 +49,33 @@ def is_native(metadata: Mapping[str, str]) -> bool:
 def config_of(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> Config:
     """The configuration in a native file's metadata. Raises CheckpointError where it is none."""
     if (written := metadata.get("version")) != VERSION:
-        raise CheckpointError(f"{path}: its format is sdjax {written!r}, this version reads {VERSION}")
+        raise CheckpointError(f"{path}: its format is sdjax {written!r:.20}, this version reads {VERSION}")
     try:
-        return Config.from_dict(json.loads(metadata["config"]))
+        config = Config.from_dict(json.loads(metadata["config"]))
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its configuration cannot be read: {error}") from error
+    configurations.check(config, path)
+    return config
 
 
-def flatten(params: Any) -> dict[str, np.ndarray]:
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts to one of dotted names."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {".".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
+    leaves = {}
+    for name, node in tree.items():
+        if isinstance(node, Mapping):
+            leaves |= {f"{name}.{rest}": leaf for rest, leaf in flatten(node).items()}
+        else:
+            leaves[name] = node
+    return leaves
 
 
-def unflatten(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flatten`."""
     tree: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *parents, leaf = name.split(".")
+    for name, leaf in leaves.items():
+        *parents, last = name.split(".")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = array
+        node[last] = leaf
     return tree

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 import tempfile
 from collections.abc import Mapping
@@ -55,44 +54,47 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
     for name, (_, _, begin, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin != end:
             raise CheckpointError(
-                f"{path}: {name!r} begins at byte {begin} of the data, the tensor before ends at {end}"
+                f"{path}: {name!r:.80} begins at byte {begin} of the data, the tensor before ends at {end}"
             )
         end = stop
-    if start + end != size:
-        raise CheckpointError(f"{path}: the header describes {start + end} bytes, the file has {size}; it is truncated")
-    if end == 0:
-        return {name: np.zeros(shape, dtype) for name, (dtype, shape, _, _) in entries.items()}, metadata
-    with open(path, "rb") as file:
-        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)[start:]
+    if start + end > size:
+        raise CheckpointError(f"{path}: it is truncated: the header describes {start + end} bytes, the file has {size}")
+    if start + end < size:
+        raise CheckpointError(f"{path}: {size - start - end} bytes follow the {start + end} that the header describes")
+    data = np.asarray(np.memmap(path, np.uint8, "r"))[start:]
     arrays = {
         name: data[begin:stop].view(dtype).reshape(shape) for name, (dtype, shape, begin, stop) in entries.items()
     }
     return arrays, metadata
 
 
-def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Names with their shapes, and the metadata, without touching the numbers. Raises CheckpointError as `read`."""
-    header, _, _ = _header(path)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path}: its metadata is not an object of strings")
-    return {name: _entry(path, name, fields)[1] for name, fields in header.items()}, metadata
-
-
-def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def write(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    dtype: str | None = None,
+) -> None:
     """Writes a file that every reader of the format accepts, atomically: a temporary file, synced, then renamed.
 
-    Arrays whose size is a multiple of 64 bytes come first and begin at multiples of 64 bytes of the file.
+    Arrays whose size is a multiple of 64 bytes come first and begin at multiples of 64 bytes of the file. `dtype`
+    rounds them as they are written, one at a time.
+
+    Raises:
+      ValueError: an array or a dtype that the format does not have.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    dtypes = {name: array.dtype if dtype is None else np.dtype(dtype) for name, array in arrays.items()}
+    codes = {known: code for code, known in DTYPES.items()}
+    if other := next((name for name in arrays if dtypes[name] not in codes), None):
+        raise ValueError(f"{other}: a safetensors file cannot hold numbers of the dtype {dtypes[other]}")
+    sizes = {name: array.size * dtypes[name].itemsize for name, array in arrays.items()}
     # Within a class by falling item size, so that none begins off its own alignment.
-    order = sorted(arrays, key=lambda name: (arrays[name].nbytes % ALIGNMENT > 0, -arrays[name].itemsize, name))
+    order = sorted(arrays, key=lambda name: (sizes[name] % ALIGNMENT > 0, -dtypes[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name in order:
-        array = arrays[name]
-        stop = offset + array.nbytes
-        header[name] = {"dtype": names[array.dtype], "shape": list(array.shape), "data_offsets": [offset, stop]}
+        stop = offset + sizes[name]
+        shape = list(arrays[name].shape)
+        header[name] = {"dtype": codes[dtypes[name]], "shape": shape, "data_offsets": [offset, stop]}
         offset = stop
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
@@ -103,7 +105,8 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
             file.write(len(text).to_bytes(8, "little"))
             file.write(text)
             for name in order:
-                file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+                array = np.ascontiguousarray(arrays[name], dtypes[name])
+                file.write(array.reshape(-1).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's own is for secrets
@@ -125,12 +128,12 @@ def _header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int, int]:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(
-                f"{path}: a header of {length} bytes is declared, the file has {size}; it is truncated"
-            )
         if not 2 <= length <= MAX_HEADER:
-            raise CheckpointError(f"{path}: its header of {length} bytes is not one of a safetensors file")
+            raise CheckpointError(f"{path}: not a safetensors file: a header of {length} bytes is declared")
+        if length > size - 8:
+            raise CheckpointError(
+                f"{path}: it is truncated: a header of {length} bytes is declared, the file has {size}"
+            )
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_no_twins)
@@ -152,18 +155,20 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(path: Any, name: str, fields: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
     """dtype, shape, first and last byte of one tensor, checked by themselves."""
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{path}: the entry of {name!r} is not dtype, shape and data_offsets")
+        raise CheckpointError(f"{path}: the entry of {name!r:.80} is not dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name!r} has the dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        raise CheckpointError(f"{path}: {name!r:.80} has the dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_size(n) for n in shape):
-        raise CheckpointError(f"{path}: {name!r} has the shape {shape!r:.80}")
+        raise CheckpointError(f"{path}: {name!r:.80} has the shape {shape!r:.80}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
-        raise CheckpointError(f"{path}: {name!r} has the data_offsets {offsets!r:.80}")
+        raise CheckpointError(f"{path}: {name!r:.80} has the data_offsets {offsets!r:.80}")
     begin, stop = offsets
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if stop - begin != expected:
-        raise CheckpointError(f"{path}: {name!r} needs {expected} bytes, its data_offsets span {stop - begin}")
+        raise CheckpointError(f"{path}: {name!r:.80} needs {expected} bytes, its data_offsets span {stop - begin}")
+    if expected == 0 and math.prod(n for n in shape if n) >= 2**31:
+        raise CheckpointError(f"{path}: {name!r:.80} is empty and larger than an array can be")
     return DTYPES[dtype], tuple(shape), begin, stop
 
 

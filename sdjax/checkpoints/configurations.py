@@ -1,0 +1,236 @@
+"""Configurations that come from files: a diffusers folder's JSON read into ours, and any of ours checked.
+
+Whatever in a folder's configuration would change the network, and our models do not have, is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdjax.checkpoints.errors import CheckpointError
+from sdjax.models.config import Config
+
+MAX_JSON = 1 << 20  # bytes
+
+# Fields with which diffusers and transformers change what is computed, at the one value that our models have.
+# Absent or null is taken as that value: the older the folder, the fewer of them there are.
+TEXT_ENCODER_FIXED = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
+UNET_FIXED = {
+    "act_fn": "silu",
+    "addition_embed_type": None,
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_only_cross_attention": False,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-5,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "transformer_layers_per_block": 1,
+    "use_linear_projection": False,
+}
+VAE_FIXED = {
+    "act_fn": "silu",
+    "in_channels": 3,
+    "latents_mean": None,
+    "latents_std": None,
+    "mid_block_add_attention": True,
+    "out_channels": 3,
+    "shift_factor": None,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+SCHEDULER_FIXED = {"trained_betas": None, "rescale_betas_zero_snr": False}
+UNET_LEVELS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a file. Raises CheckpointError where the file is missing, too large or something else."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file, which a diffusers folder has")
+    if path.stat().st_size > MAX_JSON:
+        raise CheckpointError(f"{path}: larger than the configuration of a model")
+    try:
+        fields = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return fields
+
+
+def read_folder(folder: Path) -> Config:
+    """The configuration of a diffusers folder from its `*/config.json` and `scheduler/scheduler_config.json`.
+
+    Raises:
+      CheckpointError: a file is missing or malformed, or describes another model than Stable Diffusion 1.x is.
+    """
+    text_path, unet_path, vae_path = (folder / part / "config.json" for part in ("text_encoder", "unet", "vae"))
+    text, unet, vae = (read_json(path) for path in (text_path, unet_path, vae_path))
+    _refuse_others(text_path, text, TEXT_ENCODER_FIXED)
+    _refuse_others(unet_path, unet, UNET_FIXED)
+    _refuse_others(vae_path, vae, VAE_FIXED)
+    schedule_path = folder / "scheduler" / "scheduler_config.json"
+    schedule = read_json(schedule_path)
+    _refuse_others(schedule_path, schedule, SCHEDULER_FIXED)
+    try:
+        config = Config.from_dict(
+            {
+                "text_encoder": _text_encoder(text),
+                "unet": _unet(unet_path, unet),
+                "vae": _vae(vae_path, vae),
+                # diffusers' own defaults, where a scheduler's file leaves them out.
+                "num_train_timesteps": schedule.get("num_train_timesteps", 1000),
+                "beta_start": float(schedule.get("beta_start", 0.0001)),
+                "beta_end": float(schedule.get("beta_end", 0.02)),
+                "beta_schedule": schedule.get("beta_schedule", "linear"),
+                "steps_offset": schedule.get("steps_offset", 0),
+                "prediction": PREDICTIONS[schedule.get("prediction_type", "epsilon")],
+            }
+        )
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: its configuration lacks, or has an unknown, {error}") from error
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{folder}: its configuration cannot be read: {error}") from error
+    if isinstance(size := unet.get("sample_size"), int):
+        config = dataclasses.replace(config, image_size=size * config.vae.factor)
+    check(config, folder)
+    return config
+
+
+def _text_encoder(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "vocab_size": fields["vocab_size"],
+        "max_positions": fields["max_position_embeddings"],
+        "width": fields["hidden_size"],
+        "num_layers": fields["num_hidden_layers"],
+        "num_heads": fields["num_attention_heads"],
+        "mlp_width": fields["intermediate_size"],
+    }
+
+
+def _unet(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    levels = [UNET_LEVELS[kind] for kind in fields["down_block_types"]]
+    if [kind.replace("Up", "Down") for kind in fields["up_block_types"]][::-1] != fields["down_block_types"]:
+        raise CheckpointError(f"{path}: its up_block_types are not its down_block_types backwards")
+    # In diffusers' UNets of this age "attention_head_dim" is the number of heads.
+    heads = fields.get("num_attention_heads") or fields.get("attention_head_dim", 8)
+    return {
+        "in_channels": fields["in_channels"],
+        "out_channels": fields["out_channels"],
+        "channels": fields["block_out_channels"],
+        "blocks_per_level": _same(path, fields["layers_per_block"], "layers_per_block"),
+        "attention_levels": levels,
+        "num_heads": [heads] * len(levels) if isinstance(heads, int) else heads,
+        "context_width": _same(path, fields["cross_attention_dim"], "cross_attention_dim"),
+        "norm_groups": fields.get("norm_num_groups", 32),
+    }
+
+
+def _vae(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = {*fields["down_block_types"], *fields["up_block_types"]}
+    if kinds != {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
+        raise CheckpointError(f"{path}: blocks of kinds that sdjax does not have: {', '.join(sorted(kinds)):.200}")
+    return {
+        "latent_channels": fields["latent_channels"],
+        "channels": fields["block_out_channels"],
+        "blocks_per_level": fields["layers_per_block"],
+        "norm_groups": fields.get("norm_num_groups", 32),
+        "scaling_factor": float(fields.get("scaling_factor", 0.18215)),
+    }
+
+
+def _same(path: Path, value: Any, name: str) -> Any:
+    """One number for all levels, which newer files may repeat for each."""
+    if isinstance(value, list) and value:
+        if value.count(value[0]) != len(value):
+            raise CheckpointError(f"{path}: {name} differs between levels, which sdjax does not have: {value!r:.80}")
+        return value[0]
+    return value
+
+
+def _refuse_others(path: Path, fields: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    found = {name: fields.get(name) for name in fixed}
+    others = [f"{name} is {found[name]!r:.40}" for name in fixed if found[name] not in (None, fixed[name])]
+    if not others:
+        return
+    message = f"{path}: {', '.join(others)}; the networks of sdjax, those of Stable Diffusion 1.x, do not have that"
+    if found.get("use_linear_projection") or found.get("hidden_act") == "gelu":
+        message = f"{path}: this is Stable Diffusion 2 or later ({', '.join(others)}); sdjax reads Stable Diffusion 1.x"
+    raise CheckpointError(message)
+
+
+def check(config: Config, path: str | os.PathLike[str]) -> None:
+    """Whether a configuration from a file describes a network that can be built, of a size that exists.
+
+    Raises:
+      CheckpointError: it names the fields that do not.
+    """
+    text, unet, vae = config.text_encoder, config.unet, config.vae
+    wrong = [f"{part}{name}" for part, fields in _parts(config) for name, value in fields if not _is_size(value)]
+    if not wrong:
+        rules = {
+            "text_encoder.num_layers": text.num_layers <= 128,
+            "text_encoder.num_heads": text.width % text.num_heads == 0,
+            "text_encoder.activation": text.activation in ("quick_gelu", "gelu"),
+            "unet.blocks_per_level": unet.blocks_per_level <= 16,
+            "unet.attention_levels": len(unet.attention_levels) == len(unet.channels),
+            "unet.num_heads": len(unet.num_heads) == len(unet.channels)
+            and not any(width % heads for width, heads in zip(unet.channels, unet.num_heads, strict=True)),
+            "unet.channels": not any(width % unet.norm_groups for width in unet.channels) and unet.channels[0] % 2 == 0,
+            "unet.context_width": unet.context_width == text.width,
+            # Latents, or for inpainting latents, mask and the latents of the masked picture.
+            "unet.in_channels": unet.in_channels in (vae.latent_channels, 2 * vae.latent_channels + 1),
+            "unet.out_channels": unet.out_channels == vae.latent_channels,
+            "vae.blocks_per_level": vae.blocks_per_level <= 16,
+            "vae.channels": not any(width % vae.norm_groups for width in vae.channels),
+            "vae.scaling_factor": 0 < vae.scaling_factor < math.inf,
+            "beta_start, beta_end": 0 < config.beta_start <= config.beta_end < 1,
+            "beta_schedule": config.beta_schedule in ("scaled_linear", "linear"),
+            "steps_offset": config.steps_offset <= config.num_train_timesteps,
+            "prediction": config.prediction in PREDICTIONS.values(),
+            "image_size": config.image_size % vae.factor == 0,
+        }
+        wrong = [name for name, right in rules.items() if not right]
+    if wrong:
+        raise CheckpointError(f"{path}: no model of sdjax can have what its configuration says of {', '.join(wrong)}")
+
+
+def _parts(config: Config) -> list[tuple[str, Any]]:
+    parts = {"text_encoder.": config.text_encoder, "unet.": config.unet, "vae.": config.vae}
+    own = {name: value for name, value in vars(config).items() if f"{name}." not in parts}
+    return [*((name, vars(part).items()) for name, part in parts.items()), ("", own.items())]
+
+
+def _is_size(value: Any) -> bool:
+    """Whether an integer is one that a network could have; so are the members of a tuple, and what is no integer."""
+    if isinstance(value, tuple):
+        same = len({type(member) for member in value}) == 1 and isinstance(value[0], int)
+        return len(value) <= 8 and same and all(_is_size(member) for member in value)
+    return not isinstance(value, int) or isinstance(value, bool) or 0 <= value <= 1 << 20
