@@ -7,13 +7,16 @@ what it needs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,9 +70,7 @@ def _status(error: Exception) -> int | None:
     """The exit status for what a user can do something about; None for our own mistakes, which show where they are."""
     if isinstance(error, ValueError):
         return 2
-    if isinstance(error, (OSError, FloatingPointError, MemoryError)):
-        return 1
-    return 1 if _out_of_memory(error) else None
+    return 1 if isinstance(error, (OSError, FloatingPointError)) or _out_of_memory(error) else None
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -203,7 +204,8 @@ def _in_chunks(prompts: list[str], seeds: list[int], size: int, settings: dict[s
 
     for start in range(0, len(prompts), size):
         chunk = slice(start, start + size)
-        made = generation.generate(prompts[chunk], seed=seeds[chunk], batch_size=size, **settings)
+        with _at_once():
+            made = generation.generate(prompts[chunk], seed=seeds[chunk], batch_size=size, **settings)
         yield from made
         if len(made) < len(prompts[chunk]):  # it returns what it has after Ctrl-C
             raise KeyboardInterrupt
@@ -218,10 +220,29 @@ def _again(old: Recipe, prompt: str, seed: int, model: StableDiffusion, settings
         # A longer text beside it had the program compiled for more windows: so it needs one again.
         long = " ".join(["a"] * (75 * (old.windows - 1) + 1))
         prompts = [*prompts, long] if old.batch == 1 else [long if i != old.index else prompt for i in range(old.batch)]
-    made = generation.generate(prompts, seed=[seed] * len(prompts), batch_size=old.batch, **settings)
+    with _at_once():
+        made = generation.generate(prompts, seed=[seed] * len(prompts), batch_size=old.batch, **settings)
     if len(made) <= old.index:
         raise KeyboardInterrupt
     return made[old.index]
+
+
+@contextlib.contextmanager
+def _at_once() -> Iterator[None]:
+    """Ctrl-C ends the process at once, as the shell expects (status 130).
+
+    Python looks at signals between its own instructions only: it would wait for a compiler or a scanned loop, for
+    minutes. Nothing is lost: what is computed within is one batch, and all before it is written.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    ours = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _compare(arguments: argparse.Namespace, old: Recipe, picture: Image.Image) -> None:
@@ -258,9 +279,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise ValueError(f"TARGET: {target} is {'a folder' if target.is_dir() else 'the source itself'}")
     if target.exists() and not arguments.overwrite:
         raise ValueError(f"TARGET: {target} exists; choose another name, or give --overwrite")
-    from sdjax import checkpoints
+    from sdjax import checkpoints, pipeline
 
-    checkpoints.convert(source, target, ema=arguments.ema, dtype=arguments.dtype)
+    checkpoints.convert(source, target, pipeline.shapes, ema=arguments.ema, dtype=arguments.dtype)
     print(target)
 
 

@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add = convert.add_argument
     add("source", metavar="SOURCE", help="a .ckpt or .safetensors file, or a diffusers folder")
     add("target", metavar="TARGET", help="the .safetensors file to write")
-    ema = "take the averaged weights, or not, where there are both (default: as the model is loaded)"
+    ema = "take the averaged weights, or not, where there are both (default: the averaged ones)"
     add("--ema", action=argparse.BooleanOptionalAction, help=ema)
     add("--dtype", choices=DTYPES, help="round the weights to it (default: keep theirs)")
     add("--overwrite", action="store_true", help="replace TARGET if it exists")

@@ -2,7 +2,7 @@
 
 It is written twice: as the text `parameters`, by the conventions of AUTOMATIC1111's web UI, which other programs read;
 and in full as JSON under the name `sdjax`, which is what counts. PNGs come from strangers: whatever is in one, `read`
-returns a checked recipe or raises a ValueError. JAX is not needed here.
+returns a checked recipe or raises ValueError.
 """
 
 from __future__ import annotations
@@ -323,8 +323,7 @@ def from_parameters(text: str) -> Recipe:
     lines = [line.strip() for line in lines]
     starts = [i for i, line in enumerate(lines) if line.startswith("Negative prompt:")] or [len(lines)]
     prompt, negative = lines[: starts[0]], lines[starts[0] :]
-    size = re.fullmatch(r"(\d{1,6})x(\d{1,6})", pairs.get("Size", "512x512"))
-    if size is None:
+    if (size := re.fullmatch(r"(\d{1,6})x(\d{1,6})", pairs.get("Size", "512x512"))) is None:
         raise _wrong("Size", "width x height", pairs["Size"])
     sampler, spacing = _web_ui_sampler(pairs.get("Sampler", "Euler"), pairs.get("Schedule type", ""))
     # With these it tells of a second pass, at a larger size.

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -411,6 +412,26 @@ def test_pictures_that_are_missing_after_ctrl_c_are_an_interruption(made, monkey
     assert files() == ["a-1.png"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_ends_a_compiled_program_at_once(tmp_path):
+    # Like a scanned loop this neither returns to Python nor lets it look at signals.
+    program = (
+        "import ctypes, sys\nfrom sdjax import cli\n"
+        "with cli._at_once():\n    print('in', flush=True)\n    ctypes.PyDLL(None).sleep(30)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"in\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+    process.stdout.close()
+
+
+def test_python_has_its_own_signals_back(made):
+    before = signal.getsignal(signal.SIGINT)
+    assert run("generate", "a fox") == 0
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_our_own_mistakes_show_where_they_are(made, monkeypatch):
     monkeypatch.setattr(generation, "generate", failing(TypeError("a bug"), after=0))
     with pytest.raises(TypeError):
@@ -642,7 +663,8 @@ def test_convert(monkeypatch, capsys):
     assert run("convert", "a.ckpt", "b.safetensors") == 0
     assert run("convert", "a.ckpt", "b.safetensors", "--no-ema", "--dtype", "bfloat16") == 0
     assert [options for _, options in calls] == [{"ema": None, "dtype": None}, {"ema": False, "dtype": "bfloat16"}]
-    assert [str(path) for path in calls[0][0]] == ["a.ckpt", "b.safetensors"]
+    assert [str(path) for path in calls[0][0][:2]] == ["a.ckpt", "b.safetensors"]
+    assert calls[0][0][2] is pipeline.shapes
     assert capsys.readouterr().out == "b.safetensors\n" * 2
     open("c.safetensors", "w").close()
     for target, message in (

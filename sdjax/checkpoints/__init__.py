@@ -1,0 +1,175 @@
+"""Checkpoints: files that others wrote, read as (config, params) and written as files of our own.
+
+Nothing in a file is ever executed, and whatever is wrong with one is a `CheckpointError` that says what it is. Arrays
+are mapped from the file: they are read where and when they are used, and copied where a caller changes them.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdjax.checkpoints import configurations, contents, identity, names, native, weights
+from sdjax.checkpoints.contents import Contents
+from sdjax.checkpoints.errors import CheckpointError
+from sdjax.checkpoints.names import Kind, Source
+from sdjax.checkpoints.native import save
+from sdjax.models.config import Config
+
+__all__ = ["CheckpointError", "convert", "describe", "export", "load", "save"]
+
+Path_ = str | os.PathLike[str]
+Params = dict[str, Any]
+# Of a configuration: its tree of whatever has the `shape` of each leaf, such as `jax.ShapeDtypeStruct`s.
+Shapes = Callable[[Config], Mapping[str, Any]]
+LAYOUTS = {"diffusers": names.folder, "ldm": names.ldm}
+DTYPES = ("float32", "bfloat16")
+
+
+def load(path: Path_, shapes: Shapes, *, ema: bool | None = None) -> tuple[Config, Params]:
+    """Reads a model: a native file, a `.safetensors` or `.ckpt` of Stable Diffusion 1.x, or a diffusers folder.
+
+    The format is told by the file's first bytes, whatever its name.
+
+    Args:
+      path: of a file, or of a folder with a `model_index.json`.
+      shapes: gives the parameter tree of a configuration.
+      ema: which weights of the UNet to take from a file that holds two sets: True the moving averages, False the last
+        ones of training. None takes the averages if they are there: its authors sample with them, and training
+        goes on from the others.
+
+    Returns:
+      The configuration, and nested dicts of read-only NumPy arrays mapped from the file, in its dtype.
+
+    Raises:
+      CheckpointError: the path is missing, or no such model (it says what it is); tensors are missing, unexpected or
+        of a wrong shape (all are listed), or hold NaN or infinity; `ema=True` where there are no averages.
+    """
+    config, params, _ = _load(Path(path), shapes, ema)
+    return config, params
+
+
+def convert(source: Path_, target: Path_, shapes: Shapes, *, ema: bool | None = None, dtype: str | None = None) -> None:
+    """Writes any checkpoint that `load` reads as one native file, tensor by tensor.
+
+    The file's metadata say where it came from: `source`, its name; `source_sha256`, of a file; `weights`, "averaged"
+    or "last" where there was a choice.
+
+    Args:
+      source: what to read.
+      target: the file to write; it is replaced if there is one.
+      shapes: gives the parameter tree of a configuration.
+      ema: as for `load`.
+      dtype: to round the weights to, "float32" or "bfloat16"; None keeps theirs.
+
+    Raises:
+      ValueError: the dtype is another.
+      CheckpointError: as `load`.
+    """
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
+    source = Path(source)
+    config, params, chosen = _load(source, shapes, ema)
+    metadata = {"source": source.absolute().name, **chosen}
+    if source.is_file():
+        with source.open("rb") as file:
+            metadata["source_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    save(target, params, config, dtype, metadata)
+
+
+def export(params: Mapping[str, Any], config: Config, layout: str) -> dict[str, np.ndarray]:
+    """Our parameters as views under another program's names, with its axes: the inverse of `load`.
+
+    Args:
+      params: nested dicts of arrays.
+      config: of the model.
+      layout: "diffusers" (with `unet.`, `vae.` and `text_encoder.` before the names in those subfolders), or "ldm",
+        the original single file's.
+
+    Raises:
+      ValueError: the layout is another.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, got {layout!r}")
+    leaves = native.flatten(params)
+    return weights.export(leaves, LAYOUTS[layout](config, leaves))
+
+
+def describe(path: Path_) -> dict[str, Any]:
+    """What a file or folder is, from its headers alone, without reading numbers.
+
+    Returns:
+      Always `file` and `kind`; of a checkpoint also `format`, `readable` (whether `load` takes this kind), `tensors`
+      and `parameters` (their counts), `dtypes` (tensors of each), `averages` (whether the UNet is there twice, see
+      `load`) and `metadata`.
+
+    Raises:
+      CheckpointError: a checkpoint that is truncated or damaged.
+    """
+    path = Path(path)
+    if sentence := contents.no_checkpoint(path):
+        return {"file": str(path), "kind": sentence}
+    opened = contents.read(path)
+    tensors = opened.tensors.values()
+    return {
+        "file": str(path),
+        "kind": identity.identify(opened).kind,
+        "format": opened.format,
+        "readable": _is_readable(path, opened),
+        "tensors": len(tensors),
+        "parameters": sum(x.size for x in tensors),
+        "dtypes": dict(collections.Counter(x.dtype.name for x in tensors)),
+        "averages": identity.has_averages(opened.tensors),
+        "metadata": dict(opened.metadata),
+    }
+
+
+def _load(path: Path, shapes: Shapes, ema: bool | None) -> tuple[Config, Params, dict[str, str]]:
+    """What `load` returns, and which of two sets of weights was taken, as metadata."""
+    opened = contents.read(path)
+    config = _config(path, opened)
+    targets = native.flatten(shapes(config))
+    passed_over: set[str] = set()
+    chosen: dict[str, str] = {}
+    averages = False
+    if opened.format == contents.FOLDER:
+        sources = names.folder(config, targets)
+    elif native.is_native(opened.metadata):
+        sources = {target: Source(target, Kind.SAME) for target in targets}
+    else:
+        sources = names.ldm(config, targets)
+        averages = identity.has_averages(opened.tensors)
+        if averages:
+            chosen = {"weights": "last" if ema is False else "averaged"}
+            passed_over = {source.name for source in (*sources.values(), *names.averaged(sources).values())}
+            sources = sources if ema is False else names.averaged(sources)
+    if ema and not averages:
+        raise CheckpointError(
+            f"{path}: it has one set of weights, so there are no averaged ones to choose; leave ema out"
+        )
+    return config, native.unflatten(weights.assemble(path, opened.tensors, sources, targets, passed_over)), chosen
+
+
+def _config(path: Path, opened: Contents) -> Config:
+    if native.is_native(opened.metadata):
+        return native.config_of(opened.metadata, path)
+    kind, config = identity.identify(opened)
+    if opened.format == contents.FOLDER and opened.metadata.get("_class_name") in identity.PIPELINES:
+        return configurations.read_folder(path)
+    if config is None:
+        raise CheckpointError(f"{path}: this is {kind}; sdjax reads whole checkpoints of Stable Diffusion 1.x")
+    return config
+
+
+def _is_readable(path: Path, opened: Contents) -> bool:
+    try:
+        _config(path, opened)
+    except CheckpointError:
+        return False
+    return True

@@ -213,7 +213,7 @@ def check(config: Config, path: str | os.PathLike[str]) -> None:
             "vae.scaling_factor": 0 < vae.scaling_factor < math.inf,
             "beta_start, beta_end": 0 < config.beta_start <= config.beta_end < 1,
             "beta_schedule": config.beta_schedule in ("scaled_linear", "linear"),
-            "steps_offset": config.steps_offset <= config.num_train_timesteps,
+            "steps_offset": 0 <= config.steps_offset <= config.num_train_timesteps,
             "prediction": config.prediction in PREDICTIONS.values(),
             "image_size": config.image_size % vae.factor == 0,
         }
@@ -224,7 +224,7 @@ def check(config: Config, path: str | os.PathLike[str]) -> None:
 
 def _parts(config: Config) -> list[tuple[str, Any]]:
     parts = {"text_encoder.": config.text_encoder, "unet.": config.unet, "vae.": config.vae}
-    own = {name: value for name, value in vars(config).items() if f"{name}." not in parts}
+    own = {name: value for name, value in vars(config).items() if f"{name}." not in parts and name != "steps_offset"}
     return [*((name, vars(part).items()) for name, part in parts.items()), ("", own.items())]
 
 
@@ -233,4 +233,4 @@ def _is_size(value: Any) -> bool:
     if isinstance(value, tuple):
         same = len({type(member) for member in value}) == 1 and isinstance(value[0], int)
         return len(value) <= 8 and same and all(_is_size(member) for member in value)
-    return not isinstance(value, int) or isinstance(value, bool) or 0 <= value <= 1 << 20
+    return not isinstance(value, int) or isinstance(value, bool) or 1 <= value <= 1 << 20

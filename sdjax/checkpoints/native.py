@@ -60,7 +60,7 @@ def config_of(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> Conf
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts to one of dotted names."""
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for name, node in tree.items():
         if isinstance(node, Mapping):
             leaves |= {f"{name}.{rest}": leaf for rest, leaf in flatten(node).items()}

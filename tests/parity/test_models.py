@@ -1,0 +1,210 @@
+"""The three models against diffusers and transformers, from a folder that these wrote and our loader read.
+
+Errors are relative: the largest difference over the largest value. All weights are random and live: no norm is where it
+starts, no bias is zero, so a module that was left out or misread shows.
+"""
+
+import json
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from sdjax import checkpoints, pipeline
+from sdjax.checkpoints import names, native, weights
+from sdjax.models.config import SD1, SD1_INPAINTING, TINY
+from sdjax.models.text_encoder import TextEncoder
+from sdjax.models.unet import UNet
+from sdjax.models.vae import VAE
+
+# Design, section 4. Measured on a CPU: at the tiny size at most 9e-7, at the full size at most FULL.
+TOLERANCE = 1e-4
+
+
+def relative_error(ours, theirs):
+    return np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
+
+
+def enliven(model, seed):
+    """Every parameter moved off its start: vectors (biases, norms) by 0.2, matrices by a fifth of their own size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.2 if parameter.ndim == 1 else 0.2 * parameter.std()
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def text_encoder(config):
+    sizes = config.text_encoder
+    return transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=sizes.vocab_size,
+            hidden_size=sizes.width,
+            num_hidden_layers=sizes.num_layers,
+            num_attention_heads=sizes.num_heads,
+            intermediate_size=sizes.mlp_width,
+        )
+    )
+
+
+def unet(config):
+    sizes = config.unet
+    kinds = ["CrossAttn" if attends else "" for attends in sizes.attention_levels]
+    return diffusers.UNet2DConditionModel(
+        in_channels=sizes.in_channels,
+        block_out_channels=sizes.channels,
+        layers_per_block=sizes.blocks_per_level,
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in kinds[::-1]],
+        attention_head_dim=sizes.num_heads[0],
+        cross_attention_dim=sizes.context_width,
+        norm_num_groups=sizes.norm_groups,
+        sample_size=config.image_size // config.vae.factor,
+    )
+
+
+def vae(config):
+    sizes = config.vae
+    return diffusers.AutoencoderKL(
+        block_out_channels=sizes.channels,
+        layers_per_block=sizes.blocks_per_level,
+        down_block_types=["DownEncoderBlock2D"] * len(sizes.channels),
+        up_block_types=["UpDecoderBlock2D"] * len(sizes.channels),
+        norm_num_groups=sizes.norm_groups,
+    )
+
+
+def write_folder(path, config, parts, **options):
+    """A diffusers folder of these parts as their own libraries write it."""
+    for name, model in parts.items():
+        model.save_pretrained(path / name, **options)
+    diffusers.PNDMScheduler(
+        beta_start=config.beta_start, beta_end=config.beta_end, beta_schedule=config.beta_schedule, steps_offset=1
+    ).save_pretrained(path / "scheduler")
+    (path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The reference's models and our parameters of the same folder."""
+    path = tmp_path_factory.mktemp("folder")
+    parts = {"text_encoder": text_encoder(TINY), "unet": unet(TINY), "vae": vae(TINY)}
+    for seed, model in enumerate(parts.values()):
+        enliven(model, seed)
+    write_folder(path, TINY, parts)
+    config, params = checkpoints.load(path, pipeline.shapes)
+    assert config == TINY
+    return parts, params
+
+
+def check_text_encoder(theirs, params, config, clip_skip, batch=2):
+    ids = np.random.default_rng(0).integers(0, config.text_encoder.vocab_size, (batch, 77), np.int32)
+    with torch.no_grad():
+        states = theirs(torch.from_numpy(ids).long(), output_hidden_states=True).hidden_states
+        layers = getattr(theirs, "text_model", theirs)  # transformers 5.6 removed the wrapper
+        expected = layers.final_layer_norm(states[-1 - clip_skip]).numpy()
+    encode = jax.jit(TextEncoder(config.text_encoder).apply, static_argnums=2)
+    assert relative_error(encode({"params": params}, ids, clip_skip), expected) < TOLERANCE
+
+
+def check_unet(theirs, params, config, size, batch=2):
+    rng = np.random.default_rng(1)
+    latents = rng.normal(size=(batch, *size, config.unet.in_channels)).astype(np.float32)
+    context = rng.normal(size=(batch, 77, config.unet.context_width)).astype(np.float32)
+    times = np.array([999, 3], np.float32)[:batch]  # each picture of a batch has its own
+    with torch.no_grad():
+        noisy = torch.from_numpy(latents).permute(0, 3, 1, 2)
+        expected = theirs(noisy, torch.from_numpy(times), torch.from_numpy(context)).sample
+    ours = jax.jit(UNet(config.unet).apply)({"params": params}, latents, times, context)
+    assert relative_error(ours, expected.permute(0, 2, 3, 1).numpy()) < TOLERANCE
+
+
+def check_encode(theirs, params, config, size, batch=2):
+    images = np.random.default_rng(2).uniform(-1, 1, (batch, *size, 3)).astype(np.float32)
+    with torch.no_grad():
+        moments = theirs.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).latent_dist
+    encode = jax.jit(lambda variables, x: VAE(config.vae).apply(variables, x, method="encode"))
+    mean, logvar = encode({"params": params}, images)
+    assert relative_error(mean, moments.mean.permute(0, 2, 3, 1).numpy()) < TOLERANCE
+    assert relative_error(logvar, moments.logvar.permute(0, 2, 3, 1).numpy()) < TOLERANCE
+
+
+def check_decode(theirs, params, config, size, batch=2):
+    z = np.random.default_rng(3).normal(size=(batch, *size, config.vae.latent_channels)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs.decode(torch.from_numpy(z).permute(0, 3, 1, 2)).sample
+    decode = jax.jit(lambda variables, x: VAE(config.vae).apply(variables, x, method="decode"))
+    ours = decode({"params": params}, z)
+    assert relative_error(ours, expected.permute(0, 2, 3, 1).numpy()) < TOLERANCE
+
+
+@pytest.mark.parametrize("clip_skip", [0, 1])
+def test_text_encoder(tiny, clip_skip):
+    parts, params = tiny
+    check_text_encoder(parts["text_encoder"], params["text_encoder"], TINY, clip_skip)
+
+
+# 13 x 9 is odd on the way down, 7 x 5, so the way up crops.
+@pytest.mark.parametrize("size", [(8, 8), (13, 9)])
+def test_unet(tiny, size):
+    parts, params = tiny
+    check_unet(parts["unet"], params["unet"], TINY, size)
+
+
+def test_vae_encode(tiny):
+    parts, params = tiny
+    check_encode(parts["vae"], params["vae"], TINY, (18, 10))
+
+
+def test_vae_decode(tiny):
+    parts, params = tiny
+    check_decode(parts["vae"], params["vae"], TINY, (9, 5))
+
+
+class ModelCheckpoint:
+    """Stands for Lightning's callback: an object that a checkpoint of training holds beside the weights."""
+
+    def __init__(self):
+        self.best_model_score = np.float64(0.5)
+
+
+def write_original(path, config, parts):
+    """One file with the original names, as Lightning's trainer wrote the published ones.
+
+    tests/parity/test_checkpoints.py has diffusers read these names.
+    """
+    theirs = {f"{part}.{name}": x for part, model in parts.items() for name, x in model.state_dict().items()}
+    theirs = {names.spelling(name): x.numpy() for name, x in theirs.items()}
+    targets = native.flatten(pipeline.shapes(config))
+    params = weights.assemble(path, theirs, names.folder(config, targets), targets)
+    original = weights.export(params, names.ldm(config, targets))
+    state = {name: torch.from_numpy(x) for name, x in original.items()}
+    state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    state["betas"] = torch.linspace(0, 1, 1000)
+    callbacks = {ModelCheckpoint: ModelCheckpoint(), "score": np.float64(1)}
+    torch.save({"epoch": 1, "global_step": 470000, "state_dict": state, "callbacks": callbacks}, path)
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize(("config", "sizes"), [(SD1, [(64, 64), (65, 49)]), (SD1_INPAINTING, [(64, 64)])])
+def test_full_size(tmp_path, config, sizes):
+    parts = {"text_encoder": text_encoder(config), "unet": unet(config), "vae": vae(config)}
+    for seed, model in enumerate(parts.values()):
+        enliven(model, seed)
+    write_original(tmp_path / "model.ckpt", config, parts)
+    read, params = checkpoints.load(tmp_path / "model.ckpt", pipeline.shapes)
+    assert read == config
+    counts = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
+    extra = (config.unet.in_channels - 4) * 9 * 320  # weights of the first convolution
+    assert counts == {"text_encoder": 123_060_480, "unet": 859_520_964 + extra, "vae": 83_653_863}
+    for size in sizes:
+        check_unet(parts["unet"], params["unet"], config, size, batch=1)
+    if config == SD1:  # the other parts are the same
+        check_text_encoder(parts["text_encoder"], params["text_encoder"], config, 0)
+        check_text_encoder(parts["text_encoder"], params["text_encoder"], config, 1)
+        check_encode(parts["vae"], params["vae"], config, (256, 192), batch=1)
+        check_decode(parts["vae"], params["vae"], config, (32, 24), batch=1)
