@@ -1,6 +1,6 @@
 """Writes any checkpoint that sdjax reads as one native file, which loads at once.
 
-    python scripts/convert_ckpt.py v1-5-pruned.ckpt v1-5.safetensors --dtype bfloat16
+python scripts/convert_ckpt.py v1-5-pruned.ckpt v1-5.safetensors --dtype bfloat16
 """
 
 from __future__ import annotations

@@ -29,7 +29,11 @@ print("equal")
 
 
 def test_on_eight_devices(tiny_file):
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "SDJAX_CACHE": "off", "JAX_PLATFORMS": "cpu"}
+    environment = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "SDJAX_CACHE": "off",
+        "JAX_PLATFORMS": "cpu",
+    }
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tiny_file)], env=environment, capture_output=True, text=True, check=False
     )

@@ -135,29 +135,26 @@ def _load(path: Path, shapes: Shapes, ema: bool | None) -> tuple[Config, Params,
     opened = contents.read(path)
     config = _config(path, opened)
     targets = native.flatten(shapes(config))
-    passed_over: set[str] = set()
-    chosen: dict[str, str] = {}
-    averages = False
-    if opened.format == contents.FOLDER:
-        sources = names.folder(config, targets)
-    elif native.is_native(opened.metadata):
-        sources = {target: Source(target, Kind.SAME) for target in targets}
-    else:
-        sources = names.ldm(config, targets)
-        averages = identity.has_averages(opened.tensors)
-        if averages:
-            chosen = {"weights": "last" if ema is False else "averaged"}
-            passed_over = {source.name for source in (*sources.values(), *names.averaged(sources).values())}
-            sources = sources if ema is False else names.averaged(sources)
+    averages = opened.format != contents.FOLDER and identity.has_averages(opened.tensors)
     if ema and not averages:
         raise CheckpointError(
             f"{path}: it has one set of weights, so there are no averaged ones to choose; leave ema out"
         )
-    return config, native.unflatten(weights.assemble(path, opened.tensors, sources, targets, passed_over)), chosen
+    if opened.is_native:
+        same = {target: Source(target, Kind.SAME) for target in targets}
+        found = weights.assemble(path, opened.tensors, same, targets, spelling=str)
+        return config, native.unflatten(found), {}
+    sources = LAYOUTS["diffusers" if opened.format == contents.FOLDER else "ldm"](config, targets)
+    if not averages:
+        return config, native.unflatten(weights.assemble(path, opened.tensors, sources, targets)), {}
+    averaged = names.averaged(sources)
+    both = {source.name for source in (*sources.values(), *averaged.values())}
+    found = weights.assemble(path, opened.tensors, sources if ema is False else averaged, targets, both)
+    return config, native.unflatten(found), {"weights": "last" if ema is False else "averaged"}
 
 
 def _config(path: Path, opened: Contents) -> Config:
-    if native.is_native(opened.metadata):
+    if opened.is_native:
         return native.config_of(opened.metadata, path)
     kind, config = identity.identify(opened)
     if opened.format == contents.FOLDER and opened.metadata.get("_class_name") in identity.PIPELINES:

@@ -176,7 +176,7 @@ def _same(path: Path, value: Any, name: str) -> Any:
 
 
 def _refuse_others(path: Path, fields: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    found = {name: fields.get(name) for name in fixed}
+    found = {name: _same(path, fields.get(name), name) for name in fixed}
     others = [f"{name} is {found[name]!r:.40}" for name in fixed if found[name] not in (None, fixed[name])]
     if not others:
         return

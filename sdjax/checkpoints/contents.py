@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints import configurations, pytorch, safetensors
+from sdjax.checkpoints import configurations, native, pytorch, safetensors
 from sdjax.checkpoints.errors import CheckpointError
 
 SAFETENSORS, PYTORCH, FOLDER = "safetensors", "PyTorch (zip)", "diffusers folder"
@@ -38,6 +38,11 @@ class Contents:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     others: tuple[str, ...] = ()
 
+    @property
+    def is_native(self) -> bool:
+        """Whether it is one of our own files."""
+        return self.format == SAFETENSORS and native.is_native(self.metadata)
+
 
 def read(path: Path) -> Contents:
     """Opens a file or a folder.
@@ -55,18 +60,22 @@ def read(path: Path) -> Contents:
 
 def no_checkpoint(path: Path) -> str | None:
     """What a path is, and what to do, if it cannot be a checkpoint by its first bytes; None if it may be one."""
-    if not path.exists():
-        repository = f"{path}".count("/") == 1 and not path.suffix
-        hint = f"; to download it: hf download {path} --local-dir {path.name}" if repository else ""
-        return f"there is no such file or folder{hint}"
-    if path.is_dir():
-        return _no_folder(path)
     try:
-        with path.open("rb") as file:
-            start = file.read(512)
+        if path.is_dir():
+            return _no_folder(path)
+        if path.is_file():
+            with path.open("rb") as file:
+                start = file.read(512)
+            return next((sentence for test, sentence in NO_CHECKPOINTS if test(start)), None)
+        exists = path.exists()
     except OSError as error:
         return f"cannot be read: {error}"
-    return next((sentence for test, sentence in NO_CHECKPOINTS if test(start)), None)
+    if exists:
+        return "neither a file nor a folder"
+    # A repository's name on a hub: sdjax downloads nothing.
+    is_repository = str(path).count("/") == 1 and not path.suffix
+    hint = f"; to download it: hf download {path} --local-dir {path.name}" if is_repository else ""
+    return f"there is no such file or folder{hint}"
 
 
 def _no_folder(path: Path) -> str | None:

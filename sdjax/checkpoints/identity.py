@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdjax.checkpoints import contents, names, native
+from sdjax.checkpoints import contents, names
 from sdjax.checkpoints.contents import Contents
 from sdjax.models.config import SD1, SD1_INPAINTING, Config
 
@@ -60,7 +60,7 @@ def identify(opened: Contents) -> Identity:
     """What the tensors are, in words that finish the sentence "this is ..."."""
     if opened.format == contents.FOLDER:
         return _folder(opened)
-    if native.is_native(opened.metadata):
+    if opened.is_native:
         return Identity("a native file of sdjax")
     tensors = opened.tensors
     for pattern, kind in FAMILIES:

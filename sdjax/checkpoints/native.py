@@ -52,7 +52,7 @@ def config_of(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> Conf
         raise CheckpointError(f"{path}: its format is sdjax {written!r:.20}, this version reads {VERSION}")
     try:
         config = Config.from_dict(json.loads(metadata["config"]))
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its configuration cannot be read: {error}") from error
     configurations.check(config, path)
     return config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ def assemble(
     sources: Mapping[str, Source],
     targets: Mapping[str, Any],
     passed_over: Collection[str] = (),
+    spelling: Callable[[str], str] = names.spelling,
 ) -> dict[str, np.ndarray]:
     """Views of a file's tensors under our names and with our axes.
 
@@ -32,12 +33,13 @@ def assemble(
       sources: where each of ours is in it.
       targets: what has the `shape` of each of ours.
       passed_over: names, in the tables' spelling, that may be there and are not needed.
+      spelling: brings a name of the file to the tables' spelling.
 
     Raises:
       CheckpointError: tensors are missing, unexpected, of a wrong shape or dtype, all listed at once; or, where these
         are right, some hold NaN or infinity.
     """
-    spelt = {names.spelling(name): name for name in tensors}
+    spelt = {spelling(name): name for name in tensors}
     wanted = {source.name for source in sources.values()}
     missing = [source.name for source in sources.values() if source.name not in spelt]
     known = wanted.union(passed_over)
@@ -59,7 +61,7 @@ def assemble(
         "unexpected": unexpected,
         "wrong shape": shapes,
         "not floating point": dtypes,
-        "twice, under two names": [name for name in tensors if spelt[names.spelling(name)] != name],
+        "twice, under two names": [name for name in tensors if spelt[spelling(name)] != name],
     }
     if any(problems.values()):
         lists = "; ".join(f"{what} ({len(items)}): {_shorten(items)}" for what, items in problems.items() if items)

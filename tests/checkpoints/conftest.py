@@ -7,8 +7,17 @@ import pytest
 import torch
 
 from sdjax import checkpoints, pipeline
-from sdjax.checkpoints import identity, native, safetensors
+from sdjax.checkpoints import identity, names, native, safetensors
 from sdjax.models.config import TINY
+
+
+def assert_equal(found, expected, dtype=np.float32):
+    found, expected = native.flatten(found), native.flatten(expected)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == dtype
+        assert found[name].shape == array.shape
+        assert found[name].tobytes() == array.astype(dtype).tobytes()
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +45,16 @@ def tiny_original(monkeypatch):
 def original(params, tiny_original):
     """The original names of `params`: a new dict of arrays, to be spoilt."""
     return {name: np.ascontiguousarray(x) for name, x in checkpoints.export(params, TINY, "ldm").items()}
+
+
+@pytest.fixture
+def both_sets(original):
+    """An original file of training: the averages are the last weights plus one."""
+    averages = {
+        names.ema_name(name): x + 1 for name, x in original.items() if name.startswith("model.diffusion_model.")
+    }
+    counters = {"model_ema.decay": np.float32(0.9999).reshape(()), "model_ema.num_updates": np.int32(7).reshape(())}
+    return original | averages | counters
 
 
 # The fields that a folder of 2022 has.

@@ -90,6 +90,29 @@ def test_what_lightning_saves_around_the_weights_is_passed_over(tmp_path):
     assert {"state_dict", *around} <= set(others)
 
 
+class Hostile:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_nothing_is_executed(tmp_path):
+    target = tmp_path / "executed"
+    hostile = Hostile(str(target))
+    torch.save(
+        {"state_dict": {"a": torch.ones(3), "b": hostile}, "c": [hostile], "d": {"e": hostile}}, tmp_path / "a.ckpt"
+    )
+    np.testing.assert_array_equal(read(tmp_path / "a.ckpt")["a"], 1)
+    torch.save(hostile, tmp_path / "b.ckpt")
+    with pytest.raises(CheckpointError, match="not a dict"):
+        read(tmp_path / "b.ckpt")
+    assert not target.exists()
+
+
 def test_torch_is_not_imported(tmp_path):
     torch.save({"a": torch.arange(3.0)}, tmp_path / "a.ckpt")
     program = (
@@ -195,9 +218,10 @@ def test_archives_that_torch_did_not_write(tmp_path, members, message):
         read(write(tmp_path / "a.ckpt", members))
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_other_kinds_of_tensors_are_refused_by_name(tmp_path):
     torch.save({"a": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}, tmp_path / "a.ckpt")
-    with pytest.raises(CheckpointError, match="'a' is made by torch._utils._rebuild_qtensor"):
+    with pytest.raises(CheckpointError, match=r"'a' is made by torch\._utils\._rebuild_qtensor"):
         read(tmp_path / "a.ckpt")
 
 
@@ -253,7 +277,7 @@ def test_truncated_files(tmp_path, whole):
 def test_damaged_files(tmp_path, whole):
     rng = random.Random(0)
     structures = [i for i in range(len(whole)) if i < 1200 or i > len(whole) - 900]
-    for i in range(1500):
+    for i in range(500):
         damaged = bytearray(whole)
         for _ in range(rng.randint(1, 3)):
             damaged[rng.choice(structures)] = rng.randrange(256)

@@ -1,0 +1,164 @@
+"""Folders in diffusers' layout: every form of their weights, and the configurations that are refused."""
+
+import contextlib
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+
+from sdjax import checkpoints
+from sdjax.checkpoints import CheckpointError, configurations, native, safetensors
+from sdjax.models.config import TINY
+
+from .conftest import CONFIGS, assert_equal
+
+
+def test_folders(folder, params, shapes):
+    path, _ = folder
+    config, found = checkpoints.load(path, shapes)
+    assert config == TINY
+    assert_equal(found, params)
+
+
+def test_folders_of_bin_files(folder, params, shapes, save_torch):
+    path, _ = folder
+    for file in path.glob("*/*.safetensors"):
+        stem = "pytorch_model" if file.parent.name == "text_encoder" else file.stem
+        save_torch(file.with_name(f"{stem}.bin"), safetensors.read(file)[0])
+        file.unlink()
+    assert_equal(checkpoints.load(path, shapes)[1], params)
+
+
+def test_folders_of_half_precision_files(folder, params, shapes):
+    path, _ = folder
+    for file in path.glob("*/*.safetensors"):
+        safetensors.write(file.with_name(f"{file.stem}.fp16.safetensors"), *safetensors.read(file), "float16")
+        file.unlink()
+    assert_equal(checkpoints.load(path, shapes)[1], params, np.float16)
+
+
+def test_folders_of_shards(folder, params, shapes):
+    path, _ = folder
+    file = path / "unet" / "diffusion_pytorch_model.safetensors"
+    arrays, _ = safetensors.read(file)
+    shards = {name: f"{file.stem}-0000{i % 2}.safetensors" for i, name in enumerate(arrays)}
+    for shard in set(shards.values()):
+        safetensors.write(path / "unet" / shard, {n: x for n, x in arrays.items() if shards[n] == shard}, {})
+    file.unlink()
+    index = path / "unet" / f"{file.name}.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    assert_equal(checkpoints.load(path, shapes)[1], params)
+    for outside in ("../vae/diffusion_pytorch_model.safetensors", "..", "/etc/passwd", "missing.safetensors", "a\0b"):
+        index.write_text(json.dumps({"weight_map": {**shards, "x": outside}}))
+        with pytest.raises(CheckpointError, match="no file beside it"):
+            checkpoints.load(path, shapes)
+    index.write_text(json.dumps({"weight_map": [1]}))
+    with pytest.raises(CheckpointError, match="no weight_map"):
+        checkpoints.load(path, shapes)
+
+
+def test_folders_with_the_old_names(folder, params, shapes):
+    path, _ = folder
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    file = path / "vae" / "diffusion_pytorch_model.safetensors"
+    arrays, _ = safetensors.read(file)
+    for new, name in old.items():
+        arrays = {n.replace(f"attentions.0.{new}.", f"attentions.0.{name}."): x for n, x in arrays.items()}
+    safetensors.write(file, arrays, {})
+    file = path / "text_encoder" / "model.safetensors"
+    arrays = {name.removeprefix("text_model."): x for name, x in safetensors.read(file)[0].items()}
+    safetensors.write(file, arrays | {"embeddings.position_ids": np.arange(77)[None]}, {})
+    assert_equal(checkpoints.load(path, shapes)[1], params)
+
+
+def test_the_schedule_of_a_folder(folder, shapes):
+    path, change = folder
+    change("scheduler/scheduler_config.json", prediction_type="v_prediction", beta_start=0.001, beta_schedule="linear")
+    config, _ = checkpoints.load(path, shapes)
+    expected = dataclasses.replace(TINY, prediction="v", beta_start=0.001, beta_schedule="linear")
+    assert config == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "folder of 'StableDiffusionXLPipeline'"),
+        ("model_index.json", {"_class_name": None}, "folder of None"),
+        ("text_encoder/config.json", {"hidden_act": "gelu"}, "this is Stable Diffusion 2"),
+        ("unet/config.json", {"use_linear_projection": True}, "this is Stable Diffusion 2"),
+        ("unet/config.json", {"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256"),
+        ("unet/config.json", {"act_fn": "gelu", "freq_shift": 1}, "act_fn is 'gelu', freq_shift is 1"),
+        ("unet/config.json", {"down_block_types": ["DownBlock2D", "SimpleDownBlock2D"]}, "SimpleDownBlock2D"),
+        ("unet/config.json", {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}, "backwards"),
+        ("unet/config.json", {"up_block_types": [1, 2]}, "cannot be read"),
+        ("unet/config.json", {"layers_per_block": [2, 3]}, "layers_per_block differs between levels"),
+        ("unet/config.json", {"block_out_channels": "wide"}, "unet.channels"),
+        ("unet/config.json", {"attention_head_dim": 5}, "says of unet.num_heads"),
+        ("unet/config.json", {"cross_attention_dim": 41}, "says of unet.context_width"),
+        ("unet/config.json", {"cross_attention_dim": 1.5}, "unet.context_width"),
+        ("vae/config.json", {"latent_channels": 16}, "says of unet.in_channels, unet.out_channels"),
+        ("vae/config.json", {"use_quant_conv": False}, "use_quant_conv is False"),
+        ("vae/config.json", {"down_block_types": ["AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
+        ("vae/config.json", {"scaling_factor": "x"}, "cannot be read"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "unknown, 'flow'"),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "squaredcos_cap_v2"}, "says of beta_schedule"),
+        ("text_encoder/config.json", {"hidden_size": None}, "text_encoder.width"),
+    ],
+)
+def test_folders_of_other_models(folder, shapes, file, fields, message):
+    path, change = folder
+    change(file, **fields)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.load(path, shapes)
+    assert not checkpoints.describe(path)["readable"]
+
+
+def test_damaged_folders(folder, shapes):
+    path, change = folder
+    for name, message in (("unet/config.json", "no such file"), ("vae/config.json", "no such file")):
+        text = (path / name).read_text()
+        (path / name).unlink()
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.load(path, shapes)
+        for text_of_another, complaint in (("{", "not JSON"), ("[]", "not a JSON object"), (" " * 2**21, "larger")):
+            (path / name).write_text(text_of_another)
+            with pytest.raises(CheckpointError, match=complaint):
+                checkpoints.load(path, shapes)
+        (path / name).write_text(text)
+    weights = path / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match=r"vae/diffusion_pytorch_model\.safetensors: a git-LFS pointer"):
+        checkpoints.load(path, shapes)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="vae: no weights in it"):
+        checkpoints.load(path, shapes)
+    change("vae/config.json", latent_channels=None)
+    with pytest.raises(CheckpointError):
+        checkpoints.load(path, shapes)
+
+
+def test_a_lacking_field(folder, shapes):
+    path, _ = folder
+    (path / "unet/config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="lacks, or has an unknown, 'down_block_types'"):
+        checkpoints.load(path, shapes)
+
+
+def test_any_values_in_the_configurations(folder):
+    path, change = folder
+    rng = random.Random(0)
+    values = [None, 0, -1, True, 1.5, float("nan"), "x", [], [1], {}, 10**30, [[1]], ["a"], [0, 0], [1] * 100]
+    for _ in range(200):
+        for file, fields in CONFIGS.items():
+            changed = rng.sample(sorted(fields), rng.randint(0, 1))
+            change(file, **{name: rng.choice(values) for name in changed})
+        with contextlib.suppress(CheckpointError):
+            configurations.read_folder(path)
+        config = TINY.to_dict()
+        part = rng.choice([config, config["unet"], config["vae"], config["text_encoder"]])
+        part[rng.choice(list(part))] = rng.choice(values)
+        with contextlib.suppress(CheckpointError):
+            native.config_of({"version": "1", "config": json.dumps(config)}, "file")
