@@ -9,6 +9,9 @@ Stages, each resumed where it stopped when the command is given again:
   unet    the denoiser, on the latents of all training pictures, with the text encoder frozen
   export  the running means of all three as one bfloat16 file, and the image tower as the second judge
 
+`--start` takes what a run has not made itself from a model file: its text encoder and autoencoder, and the denoiser to go
+on from. So the model that ships can be trained further without the run that made it.
+
 Held-out combinations of concept, style and colour (`sdjax.training.data.split`) are seen by no stage.
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sdjax.checkpoints import native
+from sdjax.checkpoints import native, safetensors
 from sdjax.models.config import Config, TextEncoderConfig, UNetConfig, VAEConfig
 from sdjax.models.text_encoder import TextEncoder
 from sdjax.models.unet import UNet
@@ -177,11 +181,23 @@ def encode_all(pictures: Pictures, vae: Any) -> tuple[np.ndarray, float]:
     return latents * scale, scale
 
 
-def train_unet(pictures: Pictures, run: Path, steps: int) -> loop.State:
+def made(run: Path, stage: str, start: Path | None) -> Any:
+    """The running mean of a stage, or where the run has not made it, its part of the model file `start`."""
+    try:
+        return loop.latest(run / stage).ema
+    except FileNotFoundError:
+        if start is None:
+            raise
+    arrays, _ = safetensors.read(start)
+    tree = native.unflatten({name: x.astype(np.float32) for name, x in arrays.items()})
+    return {"text_encoder": tree["text_encoder"]} if stage == "clip" else tree[stage]
+
+
+def train_unet(pictures: Pictures, run: Path, steps: int, start: Path | None = None) -> loop.State:
     model, batch, schedule = UNet(CONFIG.unet), 64, Schedule()
     text_encoder = TextEncoder(CONFIG.text_encoder)
-    frozen = loop.latest(run / "clip").ema["text_encoder"]
-    latents, _ = encode_all(pictures, loop.latest(run / "vae").ema)
+    frozen = made(run, "clip", start)["text_encoder"]
+    latents, _ = encode_all(pictures, made(run, "vae", start))
     alphas_cumprod = jnp.asarray(schedule.alphas_cumprod, jnp.float32)
 
     def loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -199,8 +215,11 @@ def train_unet(pictures: Pictures, run: Path, steps: int) -> loop.State:
         indices = data.batch_indices(SPLIT_SEED, step, batch, len(pictures))
         return latents[indices], pictures.tokens(indices, step, empty=0.1), frozen
 
-    context = jnp.zeros((1, 77, CONFIG.unet.context_width))
-    params = initial(lambda key: model.init(key, jnp.asarray(latents[:1]), jnp.zeros(1), context), seed=3)
+    if start is None:
+        context = jnp.zeros((1, 77, CONFIG.unet.context_width))
+        params = initial(lambda key: model.init(key, jnp.asarray(latents[:1]), jnp.zeros(1), context), seed=3)
+    else:
+        params = jax.tree.map(jnp.asarray, made(run, "unet", start))
     settings = loop.Settings(steps, seed=3, ema_decay=0.9995)
     return loop.train(loss, muon(0.01, steps), params, batches, settings, run / "unet")
 
@@ -210,12 +229,12 @@ def initial(init: Callable[[jax.Array], Any], seed: int) -> Any:
     return jax.jit(init)(jax.random.key(seed))["params"]
 
 
-def export(pictures: Pictures, run: Path, model: Path, judge: Path) -> None:
-    """Writes the model, and the two towers as the second judge, in bfloat16."""
-    clip, vae, unet = (loop.latest(run / stage).ema for stage in ("clip", "vae", "unet"))
-    # Both towers first: the judge's text encoder is the model's own.
-    towers = {name: clip[name] for name in ("image_encoder", "text_projection")}
-    native.save(judge, towers, CONFIG, dtype="bfloat16")
+def export(pictures: Pictures, run: Path, model: Path, judge: Path, start: Path | None) -> None:
+    """Writes the model, and what the second judge has besides the model's text encoder, in bfloat16."""
+    clip, vae, unet = (made(run, stage, start) for stage in ("clip", "vae", "unet"))
+    if "image_encoder" in clip:
+        towers = {name: clip[name] for name in ("image_encoder", "text_projection")}
+        native.save(judge, towers, CONFIG, dtype="bfloat16")
 
     embedding = clip["text_encoder"]["embeddings"]["token_embedding"]
     seen = [pictures.tokens(np.arange(len(pictures)), step, empty=0.0) for step in range(4)]
@@ -234,6 +253,7 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=["clip", "vae", "unet", "export"])
     parser.add_argument("--data", type=Path, required=True, help="what scripts/make_dataset.py wrote")
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints and metrics, made if missing")
+    parser.add_argument("--start", type=Path, help="a model file, in place of stages that the run has not made")
     parser.add_argument("--model", type=Path, default=Path("sdjax/default_model/model.safetensors"))
     parser.add_argument("--judge", type=Path, default=Path("benchmarks/judge.safetensors"))
     parser.add_argument("--clip-steps", type=int, default=900)
@@ -246,11 +266,11 @@ def main() -> None:
     trainers = {
         "clip": (train_clip, arguments.clip_steps),
         "vae": (train_vae, arguments.vae_steps),
-        "unet": (train_unet, arguments.unet_steps),
+        "unet": (functools.partial(train_unet, start=arguments.start), arguments.unet_steps),
     }
     for stage in arguments.stages:
         if stage == "export":
-            export(pictures, arguments.run, arguments.model, arguments.judge)
+            export(pictures, arguments.run, arguments.model, arguments.judge, arguments.start)
             continue
         trainer, steps = trainers[stage]
         if int(trainer(pictures, arguments.run, steps).step) < steps:

@@ -65,7 +65,7 @@ def per_row(guidance_scale: float | Sequence[float], num_inference_steps: int, s
     Raises:
       ValueError: another length, or what is no finite number.
     """
-    if isinstance(guidance_scale, (Sequence, np.ndarray)) and not isinstance(guidance_scale, str):
+    if isinstance(guidance_scale, (Sequence, np.ndarray)) and np.ndim(guidance_scale):
         scales = list(guidance_scale)
     else:
         scales = [guidance_scale] * num_inference_steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +34,8 @@ class Schedule:
     kind: str = "scaled_linear"
 
     def __post_init__(self) -> None:
-        if self.num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps: expected at least 1, got {self.num_train_timesteps!r}")
+        if not isinstance(self.num_train_timesteps, Integral) or self.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps: expected an integer from 1, got {self.num_train_timesteps!r}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"beta_start, beta_end: expected 0 < start <= end < 1, got {self.beta_start!r}, {self.beta_end!r}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -141,7 +142,7 @@ class Sampler:
         if count == 0:
             raise ValueError(
                 f"strength: {strength!r} of num_inference_steps={num_inference_steps} leaves no step to run;"
-                f" take a strength of at least {1 / num_inference_steps:.4g} or more steps"
+                f" take a strength of at least {math.ceil(1e4 / num_inference_steps) / 1e4:g} or more steps"
             )
         return num_inference_steps - count
 
@@ -180,7 +181,8 @@ def create(
         raise ValueError(f"spacing: {algorithm.name} has no spacing {spacing!r}; there are {', '.join(spacings)}")
     schedules.check_prediction(prediction)
     if not _is_integer(steps_offset) or not 0 <= steps_offset < schedule.num_train_timesteps:
-        raise ValueError(f"steps_offset: expected an integer from 0, got {steps_offset!r}")
+        last = schedule.num_train_timesteps - 1
+        raise ValueError(f"steps_offset: expected an integer from 0 to {last}, got {steps_offset!r}")
     sampler = Sampler(
         algorithm, schedule, spacing, prediction, int(steps_offset), tuple(sorted((known | options).items()))
     )

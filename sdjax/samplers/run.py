@@ -132,6 +132,8 @@ class Run:
 
     def end_step(self, x: Value) -> Value:
         """Declares x the latents at the end of the step, and returns them as the next step must use them."""
+        if self._ended:
+            raise ValueError("a sampler calls the model at least once in every step, this one ends one without")
         self._ended = True
         return self._machine.end_step(x, self._row, self._blend(self._step + 1))
 

@@ -132,13 +132,14 @@ class Tracer:
                     update[k, register, _column(leaf, k, registers)] = coefficient
             registers = after
         calls = [record.call for record in self._records]
+        noisy = inputs[:, _COLUMNS["noise"]].astype(bool) | update[:, :, _COLUMNS["noise"]].any(1)
         return Rows(
             input=inputs,
             update=update,
             time=np.array([call.time for call in calls]),
             to_x0=np.array([call.to_x0 for call in calls]),
             blend=np.array([record.blend for record in self._records]),
-            span=np.array([self._spans.get(k, (0.0, 0.0)) for k in range(count)]),
+            span=np.array([self._spans[k] if noisy[k] else (0.0, 0.0) for k in range(count)]),
             step=np.array([call.step for call in calls], np.int32),
             active=np.ones(count, bool),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -51,12 +52,13 @@ def judge(pictures: Array, sprites: Array, palette: Array) -> Verdict:
     for scale in SCALES:
         scaled = np.stack([_scaled(s, scale) for s in sprites])
         for shift in SHIFTS:
-            error = _errors(x, own, np.roll(scaled, shift, (1, 2)))  # (B, N)
+            error = _errors(x, own, _shifted(scaled, shift))  # (B, N)
             nearest = error.argmin(1)
             value = error[np.arange(len(x)), nearest]
             sprite = np.where(value < best, nearest, sprite)
             best = np.minimum(value, best)
-    return Verdict(sprite, best / x[0].size, to_palette.argmin(1))
+    # An exact match comes out as the rounding of its terms, of either sign.
+    return Verdict(sprite, np.maximum(best, 0.0) / x[0].size, to_palette.argmin(1))
 
 
 def _scaled(sprite: Array, scale: float) -> Array:
@@ -67,13 +69,22 @@ def _scaled(sprite: Array, scale: float) -> Array:
         return wide
     size = sprite.shape[0]
     margin = size * (1 - 1 / scale) / 2  # of the source box; outside of the sprite it is transparent
-    pad = 16
+    pad = math.ceil(max(-margin, 0.0)) + 2
     padded = np.pad(wide, ((pad, pad), (pad, pad), (0, 0)))
     box = (margin + pad, margin + pad, size - margin + pad, size - margin + pad)
     channels = [
         Image.fromarray(padded[..., c], "F").resize((size, size), Image.Resampling.BILINEAR, box) for c in range(4)
     ]
     return np.stack([np.asarray(c) for c in channels], -1)
+
+
+def _shifted(sprites: Array, shift: tuple[int, int]) -> Array:
+    """(N, S, S, 4) moved down and to the right; what leaves at one side does not come back at the other."""
+    size = sprites.shape[1]
+    pad = max(abs(pixels) for pixels in shift)
+    padded = np.pad(sprites, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    top, left = (pad - pixels for pixels in shift)
+    return padded[:, top : top + size, left : left + size]
 
 
 def _errors(x: Array, own: Array, candidates: Array) -> Array:

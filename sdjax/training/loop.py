@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import signal
 import threading
 import time
@@ -59,8 +60,9 @@ class Settings:
 
 def create_state(params: Params, optimizer: optax.GradientTransformation) -> State:
     """The state before the first update; the running mean starts at the parameters."""
-    # The step donates its state, so the mean must not share the parameters' buffers.
-    return State(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    # The step donates its state: neither the mean nor the caller may share the parameters' buffers.
+    params, ema = (jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params) for _ in range(2))
+    return State(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
 
 
 def make_step(
@@ -111,7 +113,7 @@ def train(
       The last state: of `settings.steps` updates, or fewer after a signal.
 
     Raises:
-      FloatingPointError: the loss was not finite; the newest checkpoint is from before.
+      FloatingPointError: the loss or its gradient was not finite; the newest checkpoint is from before.
     """
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
@@ -129,16 +131,17 @@ def train(
             state, metrics = step(state, batches(number))
             pending.append(metrics)
             done, last = number + 1, number + 1 == settings.steps or stopped.is_set()
-            if done % settings.log_every == 0 or last:
+            log, save = (done % every == 0 or last for every in (settings.log_every, settings.save_every))
+            if log or save:
+                _check_finite(pending, done)
+            if log:
                 record = _means(pending) | {
                     "step": done,
                     "seconds_per_step": (time.perf_counter() - start) / len(pending),
                 }
                 _append(directory / "metrics.jsonl", record)
-                if not record["loss"] < float("inf"):
-                    raise FloatingPointError(f"the loss is {record['loss']} at step {done}")
                 pending, start = [], time.perf_counter()
-            if done % settings.save_every == 0 or last:
+            if save:
                 manager.save(done, args=ocp.args.StandardSave(state))
             if last:
                 break
@@ -151,7 +154,8 @@ def latest(directory: Path) -> State:
     Raises:
       FileNotFoundError: there is none.
     """
-    with ocp.CheckpointManager(Path(directory).absolute() / "checkpoints") as manager:
+    options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+    with ocp.CheckpointManager(Path(directory).absolute() / "checkpoints", options=options) as manager:
         step = manager.latest_step()
         if step is None:
             raise FileNotFoundError(f"{directory} holds no checkpoint of a training run")
@@ -174,11 +178,20 @@ def _stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def _check_finite(metrics: list[dict[str, jax.Array]], done: int) -> None:
+    """Raises FloatingPointError at the first of these steps, of which `done` is the last, that spoilt the state."""
+    for step, values in enumerate(metrics, done - len(metrics) + 1):
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(values[name]):
+                raise FloatingPointError(f"{name} is {float(values[name])} at step {step}")
+
+
 def _means(metrics: list[dict[str, jax.Array]]) -> dict[str, float]:
     return {name: float(sum(float(m[name]) for m in metrics) / len(metrics)) for name in metrics[0]}
 
 
 def _append(path: Path, record: dict[str, float]) -> None:
     with path.open("a") as file:
-        file.write(json.dumps({name: round(value, 6) for name, value in record.items()}) + "\n")
+        short = {name: value if isinstance(value, int) else float(f"{value:.6g}") for name, value in record.items()}
+        file.write(json.dumps(short) + "\n")
     logger.info("%s", record)

@@ -1,0 +1,50 @@
+"""Imports point one way (docs/architecture.md), and torch is none of ours."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1] / "sdjax"
+LOW = {"ops", "schedule", "guidance", "noise", "images", "tokenizer", "compilation_cache", "outputs", "options"}
+MAY = {
+    **{room: set() for room in LOW},  # "sdjax" itself is the version
+    "models": {"ops"},
+    "checkpoints": {"models.config"},
+    "samplers": {"schedule", "noise"},
+    "recipe": {"images"},
+    "arguments": {"models.config", "tokenizer"},
+    "program": {"models", "samplers", "guidance", "noise"},
+    "pipeline": {"models", "checkpoints", "tokenizer", "schedule"},
+    "generation": {
+        "arguments", "compilation_cache", "guidance", "images", "models.config", "noise", "pipeline", "program",
+        "recipe", "samplers",
+    },
+    "training": {"models", "ops", "schedule", "samplers", "guidance", "noise", "images", "tokenizer", "checkpoints"},
+    "cli": {*LOW, "checkpoints", "generation", "pipeline", "recipe", "samplers"},
+    "__init__": {"checkpoints", "generation", "guidance", "pipeline", "samplers", "schedule"},
+}  # fmt: skip
+
+
+def imported(path):
+    """Dotted names that a file imports, `from sdjax import x` as sdjax.x."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_point_one_way():
+    wrong, rooms = [], set()
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).with_suffix("").parts[0]
+        rooms.add(room)
+        for name in imported(path):
+            top, _, inner = name.partition(".")
+            if top in ("torch", "transformers", "diffusers"):
+                wrong.append(f"{path}: {name}")
+            own = top == "sdjax" and inner not in ("", room) and not inner.startswith(f"{room}.")
+            if own and not any(inner == allowed or inner.startswith(f"{allowed}.") for allowed in MAY[room]):
+                wrong.append(f"{room} must not import {name} ({path.name})")
+    assert wrong == []
+    assert rooms == set(MAY)
