@@ -9,8 +9,8 @@ Stages, each resumed where it stopped when the command is given again:
   unet    the denoiser, on the latents of all training pictures, with the text encoder frozen
   export  the running means of all three as one bfloat16 file, and the image tower as the second judge
 
-`--start` takes what a run has not made itself from a model file: its text encoder and autoencoder, and the denoiser to go
-on from. So the model that ships can be trained further without the run that made it.
+`--start` takes what a run has not made itself from a model file: its text encoder and autoencoder, and the denoiser to
+go on from. So the model that ships can be trained further without the run that made it.
 
 Held-out combinations of concept, style and colour (`sdjax.training.data.split`) are seen by no stage.
 """

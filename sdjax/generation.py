@@ -158,7 +158,7 @@ def generate(
     rows = sampler.rows(num_inference_steps, strength)
     if listed["image"] is None or (inpaint and strength == 1):
         rows = rows.from_noise()
-    scales = guidance_functions.per_row(guidance_scale, num_inference_steps, rows.step)
+    scales = guidance_functions.per_row(guidance_scale, num_inference_steps, np.asarray(rows.step))
     guided = bool(sampler.reads_unguided or (scales > 1.0).any())
     rescale = (guidance or guidance_functions.Options()).rescale
     rows = rows.padded(samplers.bucket(len(rows)))
@@ -195,14 +195,9 @@ def generate(
         prompt="",
         negative_prompt="",
         num_inference_steps=int(num_inference_steps),
-        guidance_scale=tuple(map(float, guidance_scale)) if np.ndim(guidance_scale) else float(guidance_scale),
+        guidance_scale=_plain(guidance_scale),
         sampler=sampler.name,
-        sampler_options={
-            "spacing": sampler.spacing,
-            "prediction": sampler.prediction,
-            "steps_offset": sampler.steps_offset,
-            **dict(sampler.options),
-        },
+        sampler_options=sampler.settings,
         strength=None if canvases is None else float(strength),
         clip_skip=clip_skip,
         seed=0,
@@ -336,7 +331,7 @@ def _inputs(task: Task, chosen: np.ndarray, rows: samplers.Rows, scales: np.ndar
         seeds=noise.seed_words([task.seeds[i] for i in chosen]),
         rows=rows,
         guidance=scales,
-        rescale=np.float32(rescale),
+        rescale=np.asarray(rescale, np.float32),
         picture=picture,
         start_noise=None if task.latents is None else task.latents[chosen],
     )
@@ -381,7 +376,7 @@ def _picture(pixels: np.ndarray, task: Task, common: Recipe, i: int) -> Image.Im
     """Picture i with its recipe; of a cropped job, put back into its original."""
     image = Image.fromarray(pixels)
     canvas = None if task.canvases is None else task.canvases[i]
-    if canvas is not None and canvas.original is not None:
+    if canvas is not None and canvas.original is not None and canvas.whole_mask is not None:
         image = images.paste(canvas.original, image, canvas.whole_mask, canvas.region)
         image.info.clear()
     recipe = dataclasses.replace(
@@ -396,6 +391,10 @@ def _picture(pixels: np.ndarray, task: Task, common: Recipe, i: int) -> Image.Im
     )
     image.info.update(texts(recipe))
     return image
+
+
+def _plain(scale: Any) -> float | tuple[float, ...]:
+    return tuple(float(value) for value in scale) if np.ndim(scale) else float(scale)
 
 
 def _digest(array: np.ndarray) -> str:

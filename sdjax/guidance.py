@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Scalar = jax.Array | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Options:
             raise ValueError(f"guidance.rescale: expected a number from 0 to 1, got {self.rescale!r}")
 
 
-def guide(conditional: jax.Array, unconditional: jax.Array, scale: jax.Array, rescale: jax.Array) -> jax.Array:
+def guide(conditional: jax.Array, unconditional: jax.Array, scale: Scalar, rescale: Scalar) -> jax.Array:
     """Classifier-free guidance (Ho & Salimans 2022), optionally rescaled (Lin et al. 2023, eqs. 14-16).
 
     Args:
@@ -48,6 +51,7 @@ def guide(conditional: jax.Array, unconditional: jax.Array, scale: jax.Array, re
     wanted, got = (jnp.var(x, axis=axes, keepdims=True) for x in (conditional, guided))
     flat = got == 0  # nothing to rescale; the inner `where` keeps the gradient finite too
     factor = jnp.sqrt(jnp.where(flat, 1.0, wanted / jnp.where(flat, 1.0, got)))
+    rescale = jnp.asarray(rescale)
     return rescale * (factor * guided) + (1.0 - rescale) * guided
 
 
@@ -65,6 +69,7 @@ def per_row(guidance_scale: float | Sequence[float], num_inference_steps: int, s
     Raises:
       ValueError: another length, or what is no finite number.
     """
+    scales: list[Any]
     if isinstance(guidance_scale, (Sequence, np.ndarray)) and np.ndim(guidance_scale):
         scales = list(guidance_scale)
     else:

@@ -34,7 +34,7 @@ def seed_words(seeds: Sequence[int] | np.ndarray) -> np.ndarray:
     return words
 
 
-def normal(words: jax.Array, stream: int, row: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
+def normal(words: jax.Array | np.ndarray, stream: int, row: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
     """One standard normal per image: key = seed's words, then `fold_in(stream)`, then `fold_in(row)`.
 
     Bits are the same whatever the batch, the position in it, the device and the settings of the process.

@@ -14,6 +14,7 @@ import numpy as np
 
 from sdjax import checkpoints
 from sdjax.models.config import Config
+from sdjax.models.layers import apply
 from sdjax.models.text_encoder import TextEncoder
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
@@ -27,17 +28,17 @@ DTYPES = ("float32", "bfloat16")  # float16 overflows in the VAE
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
 def _encode_text(config: Config, dtype: str, params: Params, token_ids: jax.Array, clip_skip: int) -> jax.Array:
     encoder = TextEncoder(config.text_encoder, jnp.dtype(dtype))
-    return encoder.apply({"params": params["text_encoder"]}, token_ids, clip_skip).astype(jnp.float32)
+    return apply(encoder, params["text_encoder"], token_ids, clip_skip).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _unet(config: Config, dtype: str, params: Params, *arguments: jax.Array | None) -> jax.Array:
-    return UNet(config.unet, jnp.dtype(dtype)).apply({"params": params["unet"]}, *arguments)
+    return apply(UNet(config.unet, jnp.dtype(dtype)), params["unet"], *arguments)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
 def _vae(config: Config, dtype: str, params: Params, method: str, x: jax.Array) -> Any:
-    return VAE(config.vae, jnp.dtype(dtype)).apply({"params": params["vae"]}, x, method=method)
+    return apply(VAE(config.vae, jnp.dtype(dtype)), params["vae"], x, method=method)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

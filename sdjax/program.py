@@ -14,6 +14,7 @@ from jax import lax
 
 from sdjax import guidance, noise
 from sdjax.models.config import Config
+from sdjax.models.layers import apply
 from sdjax.models.text_encoder import TextEncoder
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
@@ -21,6 +22,7 @@ from sdjax.samplers import rows as sampler_rows
 from sdjax.samplers.rows import Rows
 
 Params = Any
+Array = jax.Array | np.ndarray
 logger = logging.getLogger(__name__)
 
 
@@ -51,8 +53,8 @@ class Job:
 class Picture(NamedTuple):
     """The picture that a job starts from."""
 
-    image: jax.Array  # (B, H, W, 3) uint8
-    mask: jax.Array | None  # (B, H, W, 1) float32, 1 = repaint; between 0 and 1 only where its edge is blurred
+    image: Array  # (B, H, W, 3) uint8
+    mask: Array | None  # (B, H, W, 1) float32, 1 = repaint; between 0 and 1 only where its edge is blurred
 
 
 class Inputs(NamedTuple):
@@ -62,18 +64,18 @@ class Inputs(NamedTuple):
     from the seeds where they are None; given, they make a run comparable with another program's.
     """
 
-    token_ids: jax.Array  # (B, N, 77) int32
-    windows: jax.Array  # (B, N) bool: which of them hold text
-    negative_ids: jax.Array | None  # (B, N, 77) int32, with guidance
-    negative_windows: jax.Array | None
-    seeds: jax.Array  # (B, 2) uint32
+    token_ids: Array  # (B, N, 77) int32
+    windows: Array  # (B, N) bool: which of them hold text
+    negative_ids: Array | None  # (B, N, 77) int32, with guidance
+    negative_windows: Array | None
+    seeds: Array  # (B, 2) uint32
     rows: Rows  # of T rows, padded
-    guidance: jax.Array  # (T,) float32, one value per row
-    rescale: jax.Array  # () float32, `guidance.Options.rescale`
+    guidance: Array  # (T,) float32, one value per row
+    rescale: Array  # () float32, `guidance.Options.rescale`
     picture: Picture | None = None
-    start_noise: jax.Array | None = None  # (B, h, w, z) standard normal
-    step_noise: jax.Array | None = None  # (T, B, h, w, z)
-    encode_noise: jax.Array | None = None  # (B, h, w, z)
+    start_noise: Array | None = None  # (B, h, w, z) standard normal
+    step_noise: Array | None = None  # (T, B, h, w, z)
+    encode_noise: Array | None = None  # (B, h, w, z)
 
 
 class Conditions(NamedTuple):
@@ -87,7 +89,7 @@ class Conditions(NamedTuple):
     key_mask: jax.Array | None  # (B or 2B, 77 N) bool; None for a single window
     extra: jax.Array | None  # (B, h, w, z + 1): mask and masked picture, for the 9-channel UNet
     clean: jax.Array | None  # (B, h, w, z): the picture's latents, scaled
-    noise: jax.Array  # (B, h, w, z): the noise the run started from
+    noise: Array  # (B, h, w, z): the noise the run started from
     repaint: jax.Array | None  # (B, h, w, 1): 1 where any pixel of a latent is to be repainted
 
 
@@ -101,18 +103,18 @@ class Result(NamedTuple):
     finite_pixels: jax.Array  # (B,) bool
 
 
-def encode_prompts(job: Job, params: Params, token_ids: jax.Array) -> jax.Array:
+def encode_prompts(job: Job, params: Params, token_ids: Array) -> jax.Array:
     """(B, N, 77) -> contexts (B, 77 N, D): every window through the text encoder, then side by side."""
     b, n, length = token_ids.shape
     encoder = TextEncoder(job.config.text_encoder, jnp.dtype(job.dtype))
-    states = encoder.apply({"params": params["text_encoder"]}, token_ids.reshape(b * n, length), job.clip_skip)
+    states = apply(encoder, params["text_encoder"], token_ids.reshape(b * n, length), job.clip_skip)
     return states.reshape(b, n * length, -1)
 
 
-def encode_picture(job: Job, params: Params, pixels: jax.Array, normal: jax.Array) -> jax.Array:
+def encode_picture(job: Job, params: Params, pixels: Array, normal: Array) -> jax.Array:
     """(B, H, W, 3) in [-1, 1] -> a sample of its latents, scaled."""
     vae = VAE(job.config.vae, jnp.dtype(job.dtype))
-    mean, logvar = vae.apply({"params": params["vae"]}, pixels, method="encode")
+    mean, logvar = apply(vae, params["vae"], pixels, method="encode")
     return (mean + jnp.exp(0.5 * logvar) * normal) * job.config.vae.scaling_factor
 
 
@@ -123,6 +125,8 @@ def start(job: Job, params: Params, inputs: Inputs) -> tuple[jax.Array, Conditio
 
     token_ids, valid = inputs.token_ids, inputs.windows
     if job.guided:
+        assert inputs.negative_ids is not None
+        assert inputs.negative_windows is not None
         token_ids = _pairs(inputs.negative_ids, token_ids)
         valid = _pairs(inputs.negative_windows, valid)
     context = encode_prompts(job, params, token_ids)
@@ -166,7 +170,7 @@ def step(
         if job.guided:
             x = _pairs(x, x)
         times = jnp.broadcast_to(time, x.shape[:1])
-        output = unet.apply({"params": params["unet"]}, x, times, conditions.context, conditions.key_mask)
+        output = apply(unet, params["unet"], x, times, conditions.context, conditions.key_mask)
         if not job.guided:
             return output, output
         unguided, conditional = output[0::2], output[1::2]
@@ -178,6 +182,7 @@ def step(
         normal = lax.dynamic_index_in_dim(inputs.step_noise, number, keepdims=False)
     registers, x0 = sampler_rows.step(denoise, registers, row, normal)
     if conditions.repaint is not None:
+        assert conditions.clean is not None
         registers = sampler_rows.restore(registers, row, conditions.repaint, conditions.clean, conditions.noise)
     return registers, x0
 
@@ -189,7 +194,7 @@ def finish(job: Job, params: Params, inputs: Inputs, registers: jax.Array) -> Re
     if not job.decode:
         return Result(latents, sound, sound)
     vae = VAE(job.config.vae, jnp.dtype(job.dtype))
-    images = vae.apply({"params": params["vae"]}, latents / job.config.vae.scaling_factor, method="decode")
+    images = apply(vae, params["vae"], latents / job.config.vae.scaling_factor, method="decode")
     pixels = to_pixels(images)
     picture = inputs.picture
     if picture is not None and picture.mask is not None:
@@ -199,7 +204,7 @@ def finish(job: Job, params: Params, inputs: Inputs, registers: jax.Array) -> Re
     return Result(pixels, sound, jnp.isfinite(images).all((1, 2, 3)))
 
 
-def _pairs(first: jax.Array, second: jax.Array) -> jax.Array:
+def _pairs(first: Array, second: Array) -> jax.Array:
     """Two batches (B, ...) as one (2B, ...), picture by picture."""
     return jnp.stack([first, second], 1).reshape(2 * first.shape[0], *first.shape[1:])
 
@@ -209,15 +214,15 @@ def to_pixels(images: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round(images * 127.5 + 127.5), 0.0, 255.0).astype(jnp.uint8)
 
 
-def to_unit(image: jax.Array) -> jax.Array:
+def to_unit(image: Array) -> jax.Array:
     """uint8 -> float32 in [-1, 1]."""
-    return image.astype(jnp.float32) / 127.5 - 1.0
+    return jnp.asarray(image, jnp.float32) / 127.5 - 1.0
 
 
-def max_pool(mask: jax.Array, factor: int) -> jax.Array:
+def max_pool(mask: Array, factor: int) -> jax.Array:
     """(B, H, W, 1) -> (B, h, w, 1): 1 where any pixel of the cell is above 0, so that none is left half known."""
     b, h, w, _ = mask.shape
-    cells = mask.reshape(b, h // factor, factor, w // factor, factor)
+    cells = jnp.asarray(mask).reshape(b, h // factor, factor, w // factor, factor)
     return (cells.max((2, 4)) > 0.0).astype(jnp.float32)[..., None]
 
 

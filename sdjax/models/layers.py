@@ -17,6 +17,11 @@ from sdjax.ops.normalization import group_norm, layer_norm
 Dtype = Any
 
 
+def apply(module: nn.Module, params: Any, *arguments: Any, **options: Any) -> Any:
+    """What the module returns with these parameters."""
+    return module.apply({"params": params}, *arguments, **options)
+
+
 class Dense(nn.Module):
     """x W + b over the last axis, (..., I) -> (..., O); products are summed in float32."""
 

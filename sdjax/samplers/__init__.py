@@ -98,6 +98,12 @@ class Sampler:
         return self.algorithm.name
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What `create` takes besides the name and the schedule to make it again."""
+        own = {"spacing": self.spacing, "prediction": self.prediction, "steps_offset": self.steps_offset}
+        return own | dict(self.options)
+
+    @property
     def reads_unguided(self) -> bool:
         """Whether it needs the unguided output even where guidance is off."""
         return bool(np.any(self.rows(min(4, self.schedule.num_train_timesteps)).update[:, :, REGISTERS + 2]))

@@ -122,7 +122,7 @@ def step(denoise: Denoise, registers: jax.Array, row: Rows, noise: jax.Array) ->
     return _combine(row.update, [*known, m, u]), _combine(row.to_x0, [x_in, m])
 
 
-def restore(registers: jax.Array, row: Rows, mask: jax.Array, clean: jax.Array, noise: jax.Array) -> jax.Array:
+def restore(registers: jax.Array, row: Rows, mask: jax.Array, clean: jax.Array, noise: Array) -> jax.Array:
     """Inpainting: puts the known part of the picture back after a row (the rule of diffusers' 4-channel inpainting).
 
     Args:
@@ -132,7 +132,7 @@ def restore(registers: jax.Array, row: Rows, mask: jax.Array, clean: jax.Array, 
       noise: (B, h, w, C), the noise that the run started with.
     """
     blend = jnp.asarray(row.blend)
-    restored = mask * registers[0] + (1.0 - mask) * _combine(blend, [clean, noise])
+    restored = mask * registers[0] + (1.0 - mask) * _combine(blend, [clean, jnp.asarray(noise)])
     return registers.at[0].set(jnp.where(jnp.any(blend != 0.0), restored, registers[0]))
 
 
