@@ -216,7 +216,7 @@ def generate(
         mask_blur=float(mask_blur),
         padding_mask_crop=padding_mask_crop,
         windows=windows.shape[1],
-        versions=versions(),
+        versions=versions(mesh),
     )
 
     params = model.params if mesh is None else model.place(mesh).params
@@ -242,10 +242,11 @@ def generate(
     return np.stack(done) if done else np.zeros((0, *job.output_shape))
 
 
-def versions() -> dict[str, str]:
+def versions(mesh: Mesh | None = None) -> dict[str, str]:
     """What a picture's bits depend on besides its recipe."""
     device = jax.devices()[0]
-    return {
+    shared = {} if mesh is None else {"devices": str(mesh.size)}
+    return shared | {
         "sdjax": version("sdjax"),
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
