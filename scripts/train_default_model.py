@@ -233,12 +233,12 @@ def export(pictures: Pictures, run: Path, model: Path, judge: Path, start: Path 
     """Writes the model, and what the second judge has besides the model's text encoder, in bfloat16."""
     clip, vae, unet = (made(run, stage, start) for stage in ("clip", "vae", "unet"))
     if "image_encoder" in clip:
-        towers = {name: clip[name] for name in ("image_encoder", "text_projection")}
+        towers = {name: part for name, part in clip.items() if name != "text_encoder"}
         native.save(judge, towers, CONFIG, dtype="bfloat16")
 
     embedding = clip["text_encoder"]["embeddings"]["token_embedding"]
-    seen = [pictures.tokens(np.arange(len(pictures)), step, empty=0.0) for step in range(4)]
-    unknown = np.setdiff1d(np.arange(CONFIG.text_encoder.vocab_size), np.concatenate(seen))
+    seen = pictures.tokenizer([caption for name in data.concepts(pictures.dataset) for caption in data.captions(name)])
+    unknown = np.setdiff1d(np.arange(CONFIG.text_encoder.vocab_size), seen)
     rows = np.array(embedding["embedding"])
     rows[unknown] = rows[UNKNOWN_TOKEN]
     embedding["embedding"] = rows

@@ -49,8 +49,10 @@ def guide(conditional: jax.Array, unconditional: jax.Array, scale: Scalar, resca
     guided = unconditional + scale * (conditional - unconditional)
     axes = tuple(range(1, guided.ndim))
     wanted, got = (jnp.var(x, axis=axes, keepdims=True) for x in (conditional, guided))
-    flat = got == 0  # nothing to rescale; the inner `where` keeps the gradient finite too
-    factor = jnp.sqrt(jnp.where(flat, 1.0, wanted / jnp.where(flat, 1.0, got)))
+    # A flat output has no contrast to bring back or to bring it back to; the inner `where`s keep gradients finite too.
+    sound = (wanted > 0) & (got > 0)
+    ratio = jnp.where(sound, wanted, 1.0) / jnp.where(sound, got, 1.0)
+    factor = jnp.where(sound | (got == 0), jnp.sqrt(ratio), 0.0)
     rescale = jnp.asarray(rescale)
     return rescale * (factor * guided) + (1.0 - rescale) * guided
 

@@ -232,7 +232,8 @@ def run(job: Job, params: Params, inputs: Inputs) -> Result:
     The rows are scanned over; `lax.cond` skips those that only fill up the compiled length.
     """
     # Said while tracing, which happens once per program.
-    logger.warning("compiling for %d x %d pixels, batch %d: once per shape", job.width, job.height, len(inputs.seeds))
+    told = "compiling for %d x %d pixels, batch %d, or fetching it from the cache: once per shape"
+    logger.warning(told, job.width, job.height, len(inputs.seeds))
     registers, conditions = start(job, params, inputs)
 
     def body(registers: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:

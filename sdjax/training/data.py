@@ -174,6 +174,16 @@ def caption(concept: str, style: str, colour: str, rng: np.random.Generator) -> 
     return _fill(CANONICAL if rng.random() < CANONICAL_SHARE else LOOSE[loose], concept, style, colour)
 
 
+def captions(concept: str) -> list[str]:
+    """Every caption that a concept can get, in all styles and colours; some come several times."""
+    return [
+        _fill(template, concept, style, colour)
+        for template in (CANONICAL, *LOOSE)
+        for style in STYLES
+        for colour in COLOURS
+    ]
+
+
 def caption_of(dataset: Dataset, concept: int, style: int, colour: int, rng: np.random.Generator) -> str:
     """A caption of one (concept, style, colour) triple, given by its indices."""
     return caption(short_name(dataset.names[concept]), STYLES[style], list(COLOURS)[colour], rng)

@@ -309,3 +309,9 @@ def test_only_the_chosen_emojis_are_read(script, tmp_path):
         ("\u2764\ufe0f", "red heart", "Smileys & Emotion", "heart"),
         ("\U0001f98a", "fox", "Animals & Nature", "animal-mammal"),
     ]
+
+
+def test_captions_are_all_that_can_be_drawn():
+    rng = np.random.default_rng(0)
+    drawn = {data.caption("fox", style, colour, rng) for style in data.STYLES for colour in COLOURS for _ in range(400)}
+    assert drawn == set(data.captions("fox"))
