@@ -58,20 +58,19 @@ def test_bits_that_a_later_jax_must_still_draw():
 
 
 def test_eager_compiled_and_scanned_are_one():
-    words = noise.seed_words([5, 6])
-    eager = noise.normal(words, noise.STEP, 3, SHAPE)
-    assert np.array_equal(eager, compiled(words, noise.STEP, 3, SHAPE))
+    words = noise.seed_words([5])
+    assert np.array_equal(noise.normal(words, noise.STEP, 3, SHAPE)[0], one(5, row=3))
     scanned = jax.lax.map(lambda row: noise.normal(words, noise.STEP, row, SHAPE), jnp.arange(4))
-    assert np.array_equal(scanned[3], eager)
+    for row in range(4):
+        assert np.array_equal(scanned[row, 0], one(5, row=row))
 
 
 def test_settings_of_the_process_change_no_bit():
-    words = noise.seed_words([5, 2**40])
-    expected = compiled(words, noise.STEP, 3, SHAPE)
+    words = noise.seed_words([2**40])
     with jax.threefry_partitionable(False), jax.enable_x64(True), jax.default_prng_impl("rbg"):
         drawn = jax.jit(lambda words: noise.normal(words, noise.STEP, 3, SHAPE))(words)
     assert drawn.dtype == jnp.float32
-    assert np.array_equal(drawn, expected)
+    assert np.array_equal(drawn[0], one(2**40, row=3))
 
 
 def test_all_draws_are_different():

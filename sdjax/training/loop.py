@@ -113,6 +113,7 @@ def train(
       The last state: of `settings.steps` updates, or fewer after a signal.
 
     Raises:
+      ValueError: the checkpoint is of other parameters than `initial`.
       FloatingPointError: the loss or its gradient was not finite; the newest checkpoint is from before.
     """
     directory = Path(directory).absolute()
@@ -120,9 +121,13 @@ def train(
     options = {} if jax.default_backend() != "cpu" else CPU_COMPILER_OPTIONS
     step = jax.jit(make_step(loss, optimizer, settings), donate_argnums=0, compiler_options=options)
     keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager(directory / "checkpoints", options=keep) as manager, _stop_on_signal() as stopped:
+    handler = ocp.StandardCheckpointHandler()  # named, so that what it saved can be asked about
+    manager = ocp.CheckpointManager(directory / "checkpoints", options=keep, item_handlers=handler)
+    with manager, _stop_on_signal() as stopped:
         state = create_state(initial, optimizer)
         if manager.latest_step() is not None:
+            saved = manager.item_metadata(manager.latest_step()).tree["params"]
+            _check_same_parameters(saved, state.params, directory)
             state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
             logger.info("resumed at step %d", int(state.step))
         pending: list[dict[str, jax.Array]] = []
@@ -130,6 +135,8 @@ def train(
         for number in range(int(state.step), settings.steps):
             state, metrics = step(state, batches(number))
             pending.append(metrics)
+            if len(pending) > 1:  # JAX would run dozens of steps ahead, and a signal would wait for all of them
+                jax.block_until_ready(pending[-2])
             done, last = number + 1, number + 1 == settings.steps or stopped.is_set()
             log, save = (done % every == 0 or last for every in (settings.log_every, settings.save_every))
             if log or save:
@@ -176,6 +183,20 @@ def _stop_on_signal() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _check_same_parameters(saved: Params, initial: Params, directory: Path) -> None:
+    """Raises ValueError unless both trees have the same names and shapes."""
+
+    def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+
+    there, here = shapes(saved), shapes(initial)
+    differing = sorted(name for name in there | here if there.get(name) != here.get(name))
+    if differing:
+        listed = "; ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in differing)
+        raise ValueError(f"{directory} holds a run of other parameters: {listed}. Train in a folder of its own")
 
 
 def _check_finite(metrics: list[dict[str, jax.Array]], done: int) -> None:

@@ -44,8 +44,13 @@ def test_ddim_with_eta_1_is_ddpm():
         other = coefficients(samplers.create("ddpm", prediction=prediction), 50)
         for a, b in zip(one, other, strict=True):
             np.testing.assert_allclose(a[:-1], b[:-1], rtol=1e-9, atol=1e-12)
-    # Without the offset the last step stays where it is, exactly: no noise of 1e-9 is drawn there.
-    assert coefficients(samplers.create("ddim", steps_offset=0, eta=1.0), 50)[1][-1] == 0
+
+
+def test_ddim_draws_no_noise_where_it_stays():
+    """Without the offset the last step ends where it began: exactly, with no noise of 1e-9 nor the root of -1e-17."""
+    for start in np.linspace(0.0005, 0.002, 30):
+        sampler = samplers.create("ddim", Schedule(beta_start=start), steps_offset=0, eta=1.0)
+        assert coefficients(sampler, 50)[1][-1] == 0
 
 
 def test_ddim_without_noise():

@@ -152,15 +152,6 @@ def test_restoring_the_known_part():
     assert np.array_equal(samplers.restore(jnp.asarray(registers), middle, mask, clean, start), registers)
 
 
-def test_noise_by_key_is_that_of_the_noise_module():
-    x, words = draws(1)[0].astype(np.float32), noise.seed_words([7, 2**40])
-    rows = samplers.create("ddpm").rows(5)
-    noises = np.stack([noise.normal(words, noise.STEP, k, SHAPE[1:]) for k in range(5)])
-    expected = samplers.sample(jax_model, x, rows, noise=noises)
-    # Padded: the bucket is not in the noise. Two programs round differently: 2e-7 was seen.
-    assert_close(samplers.sample(jax_model, x, rows.padded(64), key=words), np.asarray(expected), TOLERANCE)
-
-
 def test_a_key_for_each_image_or_for_the_batch(monkeypatch):
     """With one for the batch, image i has the key folded with i."""
 
@@ -179,27 +170,31 @@ def test_a_key_for_each_image_or_for_the_batch(monkeypatch):
     folded = np.stack([jax.random.key_data(jax.random.fold_in(one, i)) for i in range(SHAPE[0])])
     for key, each in ((words, words), (keys, words), (one, folded), (jax.random.key_data(one), folded)):
         noises = np.stack([visible(each, noise.STEP, k, SHAPE[1:]) for k in range(3)])
-        expected = np.asarray(samplers.sample(jax_model, x, rows, noise=noises))
+        expected = np.asarray(sample(x, rows, noises))
         assert_close(samplers.sample(jax_model, x, rows, key=key), expected, TOLERANCE)
 
 
 def test_every_step_has_its_own_noise():
     """The old Flax pipelines of diffusers added the same noise at every DDPM step: a model of zeros shows it."""
-    shape = (2, 16, 16, 4)
+    words, shape = noise.seed_words([3, 2**40]), (2, 16, 16, 4)
+    normal = jax.jit(noise.normal, static_argnums=3)
+    x = normal(words, noise.START, 0, shape[1:])
     rows = samplers.create("ddpm").rows(20)
-    x = noise.normal(noise.seed_words([3, 4]), noise.START, 0, shape[1:])
 
     @jax.jit
     def after(count):
-        first = dataclasses.replace(rows, active=jnp.arange(len(rows)) < count)
-        return samplers.sample(lambda x, t: jnp.zeros_like(x), x, first, key=noise.seed_words([3, 4]))
+        first = dataclasses.replace(rows.padded(64), active=jnp.arange(64) < count)
+        return samplers.sample(lambda x, t: jnp.zeros_like(x), x, first, key=words)
 
-    latents = [np.asarray(after(np.int32(k)), np.float64) for k in range(20)]  # the last step adds none
+    latents = [np.asarray(after(k), np.float64) for k in range(20)]  # the last step adds none
     drawn = [(latents[k + 1] - rows.update[k, 0, 0] * latents[k]) / rows.update[k, 0, REGISTERS] for k in range(19)]
-    draws_of_images = np.stack([np.asarray(x), *drawn]).reshape(20 * 2, -1)
-    assert np.abs(draws_of_images.std(1) - 1).max() < 0.1
-    correlations = np.corrcoef(draws_of_images) - np.eye(40)
-    assert np.abs(correlations).max() < 5 / 32  # 1024 numbers each: five standard deviations, 0.12 was seen
+    # Those of the noise module, whatever the bucket. The latents' rounding, divided by steps of 0.03: 8e-5 was seen.
+    expected = [normal(words, noise.STEP, k, shape[1:]) for k in range(19)]
+    np.testing.assert_allclose(drawn, expected, rtol=0, atol=5e-4)
+    of_images = np.stack([np.asarray(x), *drawn]).reshape(20 * 2, -1)
+    assert np.abs(of_images.std(1) - 1).max() < 0.1
+    correlations = np.corrcoef(of_images) - np.eye(40)
+    assert np.abs(correlations).max() < 5 / 32  # 1024 numbers each: five standard deviations; 0.09 was seen
 
 
 def test_one_program_for_all_samplers(monkeypatch):
@@ -247,7 +242,8 @@ def test_samplers_can_be_learnt(name):
         loss({f: c + h * sign * direction[f] for f, c in coefficients.items()}, rows, x, noises)
         for sign in (np.float32(1), np.float32(-1))
     )
-    np.testing.assert_allclose((ahead - behind) / (2 * h), slope, rtol=2e-2)
+    # Float32 over 2h: 4e-4 was seen.
+    np.testing.assert_allclose((ahead - behind) / (2 * h), slope, rtol=5e-3)
 
 
 def test_what_sample_refuses():
