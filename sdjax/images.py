@@ -1,7 +1,7 @@
-"""A person's pictures and masks to arrays and back: files, PIL images and arrays, with what goes wrong with them.
+"""A person's pictures and masks: files, PIL images and arrays, with what goes wrong with them.
 
-Inside, a picture is an RGB PIL image and a mask an "L" one, white where it is to be repainted; arrays are channels-last
-batches. `load_image` and `load_mask` are the only ways in. Nothing here changes Pillow's global settings.
+Inside, a picture is an RGB PIL image and a mask an "L" one, white where it is to be repainted. `load_image` and
+`load_mask` are the only ways in. Nothing here changes Pillow's global settings.
 """
 
 from __future__ import annotations
@@ -237,56 +237,6 @@ def paste(original: Image.Image, generated: Image.Image, mask: Image.Image, regi
                 f"got {image.mode} and {image.width} x {image.height}; resize it first"
             )
     return Image.composite(generated, original, mask)
-
-
-def to_array(images: Sequence[Image.Image]) -> np.ndarray:
-    """RGB pictures of one size to float32 (B, H, W, 3) in [-1, 1], what the VAE takes."""
-    return 2 * _stack(images, "RGB") - 1
-
-
-def mask_to_array(masks: Sequence[Image.Image]) -> np.ndarray:
-    """ "L" masks of one size to float32 (B, H, W, 1): 1 where the mask is at least 0.5, to be repainted, else 0."""
-    return (_stack(masks, "L")[..., None] >= 0.5).astype(np.float32)
-
-
-def _stack(images: Sequence[Image.Image], mode: str) -> np.ndarray:
-    if not images:
-        raise ValueError("images: expected at least one")
-    for i, image in enumerate(images):
-        if image.mode != mode or image.size != images[0].size:
-            raise ValueError(
-                f"images[{i}]: expected mode {mode} and {images[0].width} x {images[0].height} pixels like images[0], "
-                f"got {image.mode} and {image.width} x {image.height}"
-            )
-    return np.stack([np.asarray(image, np.float32) for image in images]) / np.float32(255)
-
-
-def max_pool_mask(mask: np.ndarray, factor: int) -> np.ndarray:
-    """(B, H, W, 1) to (B, h, w, 1), factor pixels to one: masked where any pixel is, so that none is half known."""
-    B, H, W, C = mask.shape
-    if H % factor or W % factor:
-        raise ValueError(f"mask: expected a height and width that are multiples of {factor}, got {H} x {W}")
-    return mask.reshape(B, H // factor, factor, W // factor, factor, C).max((2, 4))
-
-
-def to_unit(images: np.ndarray) -> np.ndarray:
-    """Images in [-1, 1], as the VAE decodes them, to [0, 1], clipped. Raises ValueError for one that is not finite."""
-    for i, image in enumerate(images):
-        if not np.isfinite(image).all():
-            raise ValueError(f"images[{i}]: holds values that are not finite; compute the VAE in float32")
-    return np.clip(images * np.float32(0.5) + np.float32(0.5), 0, 1)
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Images in [-1, 1] to uint8, rounded. Raises ValueError for one that is not finite."""
-    return np.rint(to_unit(images) * 255).astype(np.uint8)
-
-
-def to_pil(images: np.ndarray) -> list[Image.Image]:
-    """uint8 (B, H, W, 3) to B pictures."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images: expected uint8 of shape (B, H, W, 3), got {images.dtype} of shape {images.shape}")
-    return [Image.fromarray(image) for image in images]
 
 
 def save_png(path: str | os.PathLike[str], image: Image.Image, text: Mapping[str, str] | None = None) -> None:

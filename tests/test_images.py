@@ -383,9 +383,7 @@ def test_masks_are_luminance_and_unpainted_is_kept(tmp_path):
 @pytest.mark.parametrize("value", [0, 255])
 def test_uniform_masks_are_legal(value):
     mask = images.load_mask(np.full((H, W), value, np.uint8))
-    np.testing.assert_array_equal(
-        images.mask_to_array([images.resize_mask(mask, 7, 9)]), np.full((1, 9, 7, 1), value / 255)
-    )
+    np.testing.assert_array_equal(np.asarray(images.resize_mask(mask, 7, 9)), np.full((9, 7), value))
 
 
 def test_a_mask_of_zeros_and_ones_is_refused():
@@ -395,30 +393,10 @@ def test_a_mask_of_zeros_and_ones_is_refused():
 
 def test_masks_are_binarised_at_a_half():
     values = np.array([[0.0, 0.25, 0.4999, 0.5, 0.5001, 1.0]])
-    for mask in (images.load_mask(values), images.binarize(images.load_mask(values))):
-        array = images.mask_to_array([mask, mask])
-        assert array.dtype == np.float32
-        np.testing.assert_array_equal(array[..., 0], np.array([[[0, 0, 0, 1, 1, 1]]] * 2))
+    mask = images.binarize(images.load_mask(values))
+    np.testing.assert_array_equal(np.asarray(mask), [[0, 0, 0, 255, 255, 255]])
     levels = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     np.testing.assert_array_equal(np.asarray(images.binarize(levels))[0], np.where(np.arange(256) >= 128, 255, 0))
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 2, 4, 8]))
-def test_no_masked_pixel_is_left_half_known(seed, h, w, factor):
-    mask = (np.random.default_rng(seed).random((2, h * factor, w * factor, 1)) > 0.9).astype(np.float32)
-    pooled = images.max_pool_mask(mask, factor)
-    assert pooled.shape == (2, h, w, 1)
-    covered = pooled.repeat(factor, 1).repeat(factor, 2)
-    assert (covered >= mask).all()
-    for b, y, x in np.ndindex(2, h, w):  # and none is masked without need
-        block = mask[b, y * factor : (y + 1) * factor, x * factor : (x + 1) * factor]
-        assert pooled[b, y, x, 0] == block.max()
-
-
-def test_max_pool_needs_whole_blocks():
-    with pytest.raises(ValueError, match="multiples of 8, got 12 x 16"):
-        images.max_pool_mask(np.zeros((1, 12, 16, 1)), 8)
 
 
 def test_blur_keeps_far_pixels_exact():
@@ -490,39 +468,6 @@ def test_paste_refuses_what_does_not_fit():
         images.paste(rgb, Image.new("RGB", (6, 8)), mask)
     with pytest.raises(ValueError, match="mask: expected mode L and 8 x 6 pixels, got RGB"):
         images.paste(rgb, rgb, rgb)
-
-
-# --- arrays
-
-
-def test_arrays_there_and_back(picture):
-    batch = np.stack([picture, picture[::-1]])
-    array = images.to_array(images.to_pil(batch))
-    assert array.dtype == np.float32
-    np.testing.assert_allclose(array, batch / 127.5 - 1, atol=1e-6)
-    np.testing.assert_array_equal(images.to_uint8(array), batch)
-    np.testing.assert_allclose(images.to_unit(array), batch / 255, atol=1e-6)
-
-
-def test_values_out_of_range_are_clipped_and_nan_is_refused():
-    array = np.array([-9, -1, 0, 1, 9], np.float32).reshape(1, 1, 5, 1).repeat(3, -1)
-    np.testing.assert_array_equal(images.to_uint8(array)[0, 0, :, 0], [0, 0, 128, 255, 255])
-    for value in (np.nan, np.inf):
-        batch = np.stack([array[0], np.full_like(array[0], value)])
-        with pytest.raises(ValueError, match=r"images\[1\]: holds values that are not finite"):
-            images.to_uint8(batch)
-
-
-def test_batches_are_of_one_size_and_mode():
-    one = Image.new("RGB", (8, 6))
-    with pytest.raises(ValueError, match=r"images\[1\]: expected mode RGB and 8 x 6 .*got RGB and 6 x 8"):
-        images.to_array([one, Image.new("RGB", (6, 8))])
-    with pytest.raises(ValueError, match=r"images\[0\]: expected mode RGB .*got RGBA"):
-        images.to_array([Image.new("RGBA", (8, 6))])
-    with pytest.raises(ValueError, match="expected at least one"):
-        images.mask_to_array([])
-    with pytest.raises(ValueError, match=r"expected uint8 of shape \(B, H, W, 3\), got float64"):
-        images.to_pil(np.zeros((1, 2, 2, 3)))
 
 
 # --- writing
