@@ -182,7 +182,7 @@ def arguments() -> argparse.Namespace:
         "--emoji-test", type=Path, default=Path("/usr/share/unicode/emoji/emoji-test.txt"), help="the names"
     )
     parser.add_argument("--sheet", type=Path, help="also draw all sprites on one PNG")
-    parser.add_argument("--concepts", type=Path, help="also write the concepts' names, one a line")
+    parser.add_argument("--concepts", type=Path, help="also write the names of those the model draws, one a line")
     parser.add_argument("--prompts", type=Path, help="also write the held-out prompts the model is measured by, JSON")
     args = parser.parse_args()
     for source in (args.noto, args.fluent, args.emoji_test):
@@ -223,7 +223,8 @@ def main() -> None:
         contact_sheet(data.composite(stacked, data.COLOURS["white"]), columns=46).save(args.sheet)
     dataset = data.load_dataset(args.out)
     if args.concepts:
-        args.concepts.write_text("".join(f"{name}\n" for name in data.concepts(dataset)), encoding="utf-8")
+        names = np.array(data.concepts(dataset))[data.drawn(dataset)]
+        args.concepts.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     if args.prompts:
         args.prompts.write_text(prompts_json(dataset), encoding="utf-8")
 
