@@ -63,8 +63,11 @@ VAE_FIXED = {
     "use_post_quant_conv": True,
     "use_quant_conv": True,
 }
-SCHEDULER_FIXED = {"trained_betas": None, "rescale_betas_zero_snr": False}
+SCHEDULER_FIXED = {"trained_betas": None}
 UNET_LEVELS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+BETA_SCHEDULES = {
+    "scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "squared_cosine", "sigmoid": "sigmoid",
+}  # fmt: skip
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
 
@@ -107,7 +110,8 @@ def read_folder(folder: Path) -> Config:
                 "num_train_timesteps": schedule.get("num_train_timesteps", 1000),
                 "beta_start": float(schedule.get("beta_start", 0.0001)),
                 "beta_end": float(schedule.get("beta_end", 0.02)),
-                "beta_schedule": schedule.get("beta_schedule", "linear"),
+                "beta_schedule": BETA_SCHEDULES[schedule.get("beta_schedule", "linear")],
+                "zero_terminal_snr": schedule.get("rescale_betas_zero_snr", False),
                 "steps_offset": schedule.get("steps_offset", 0),
                 "prediction": PREDICTIONS[schedule.get("prediction_type", "epsilon")],
             }
@@ -212,7 +216,8 @@ def check(config: Config, path: str | os.PathLike[str]) -> None:
             "vae.channels": not any(width % vae.norm_groups for width in vae.channels),
             "vae.scaling_factor": 0 < vae.scaling_factor < math.inf,
             "beta_start, beta_end": 0 < config.beta_start <= config.beta_end < 1,
-            "beta_schedule": config.beta_schedule in ("scaled_linear", "linear"),
+            "beta_schedule": config.beta_schedule in BETA_SCHEDULES.values(),
+            "zero_terminal_snr": not (config.zero_terminal_snr and config.prediction == "epsilon"),
             "steps_offset": 0 <= config.steps_offset <= config.num_train_timesteps,
             "prediction": config.prediction in PREDICTIONS.values(),
             "image_size": config.image_size % vae.factor == 0,

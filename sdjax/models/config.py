@@ -61,7 +61,8 @@ class Config:
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.0120
-    beta_schedule: str = "scaled_linear"
+    beta_schedule: str = "scaled_linear"  # `Schedule.kind`
+    zero_terminal_snr: bool = False
     steps_offset: int = 1
     prediction: str = "epsilon"  # what the UNet was trained to return: "epsilon", "v" or "sample"
     image_size: int = 512  # pixels per side that the model was trained at

@@ -79,6 +79,10 @@ def test_the_schedule_of_a_folder(folder, shapes):
     config, _ = checkpoints.load(path, shapes)
     expected = dataclasses.replace(TINY, prediction="v", beta_start=0.001, beta_schedule="linear")
     assert config == expected
+    cosine = {"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True}
+    change("scheduler/scheduler_config.json", prediction_type="v_prediction", **cosine)
+    config, _ = checkpoints.load(path, shapes)
+    assert config == dataclasses.replace(TINY, prediction="v", beta_schedule="squared_cosine", zero_terminal_snr=True)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +107,8 @@ def test_the_schedule_of_a_folder(folder, shapes):
         ("vae/config.json", {"down_block_types": ["AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
         ("vae/config.json", {"scaling_factor": "x"}, "cannot be read"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "unknown, 'flow'"),
-        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
-        ("scheduler/scheduler_config.json", {"beta_schedule": "squaredcos_cap_v2"}, "says of beta_schedule"),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "says of zero_terminal_snr"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "quadratic"}, "unknown, 'quadratic'"),
         ("text_encoder/config.json", {"hidden_size": None}, "text_encoder.width"),
     ],
 )
