@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from sdjax.samplers import options
 from sdjax.samplers.run import Run, Value
 
 VARIANCES = ("fixed_small", "fixed_large")
@@ -16,8 +17,7 @@ def ddpm(run: Run, x: Value, *, variance_type: str = "fixed_small") -> Value:
       variance_type: of the reverse step; "fixed_small" is the posterior's (eq. 7), "fixed_large" is beta. The two
         choices of section 3.2.
     """
-    if variance_type not in VARIANCES:
-        raise ValueError(f"variance_type: {variance_type!r} is not known; there are {', '.join(VARIANCES)}")
+    options.choice("variance_type", variance_type, VARIANCES)
     for now, after in run.steps():
         x0 = run.model(x, now).x0
         alpha = now.alpha_bar / after.alpha_bar

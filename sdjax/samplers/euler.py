@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from sdjax.samplers.run import Run, Value
+from sdjax.samplers import options
+from sdjax.samplers.run import Level, Run, Value
 
 
 def euler(run: Run, x: Value) -> Value:
@@ -16,12 +17,25 @@ def euler(run: Run, x: Value) -> Value:
     return x
 
 
-def euler_ancestral(run: Run, x: Value) -> Value:
-    """Euler steps further down than the next noise level, and noise back up to it (k-diffusion)."""
+def euler_ancestral(run: Run, x: Value, *, eta: float = 1.0, s_noise: float = 1.0) -> Value:
+    """Euler steps further down than the next noise level, and noise back up to it (k-diffusion).
+
+    Args:
+      eta: share of the posterior's noise, 0 to 1; 0 is Euler's method.
+      s_noise: factor of the noise that is added.
+    """
     for now, after in run.steps():
-        up = after.sigma * math.sqrt(1 - (after.sigma / now.sigma) ** 2)
-        down = math.sqrt(after.sigma**2 - up**2)
+        down, up = ancestral(now, after, eta, s_noise)
         denoised = run.model(x, now).x0
         d = (x - denoised) / now.sigma
-        x = run.end_step(x + (down - now.sigma) * d + up * run.noise(now, after))
+        x = x + (down - now.sigma) * d
+        x = run.end_step(x + up * run.noise(now, after) if up else x)
     return x
+
+
+def ancestral(now: Level, after: Level, eta: float, s_noise: float) -> tuple[float, float]:
+    """The sigma to go down to, and the noise that leads up from there to the next level: the posterior's variance."""
+    options.number("eta", eta, 0, 1)
+    options.number("s_noise", s_noise, 0)
+    up = eta * after.sigma * math.sqrt(1 - (after.sigma / now.sigma) ** 2)
+    return math.sqrt(after.sigma**2 - up**2), s_noise * up

@@ -76,6 +76,13 @@ class Rows:
         per_row = dataclasses.replace(self, start=None, start_noise=None)
         return jax.tree.map(lambda array: array[index], per_row)
 
+    @property
+    def is_path(self) -> bool:
+        """Whether the spans of its noises do not overlap, so that they can be one Brownian motion."""
+        spans = np.asarray(self.span)
+        spans = spans[spans[:, 0] > spans[:, 1]]
+        return bool(np.all(spans[1:, 0] <= spans[:-1, 1]))
+
     def from_noise(self) -> Rows:
         """The same rows with `start` = (0, start_noise): `start · [clean, noise]` is then right without an image."""
         return dataclasses.replace(self, start=np.stack([np.zeros_like(self.start_noise), self.start_noise]))
@@ -143,6 +150,7 @@ def sample(
     *,
     key: jax.Array | None = None,
     noise: jax.Array | None = None,
+    brownian: bool = False,
 ) -> jax.Array:
     """Runs a whole table: the plain driver, unguided. Put it under `jax.jit` with the rows as an argument.
 
@@ -154,6 +162,7 @@ def sample(
       key: a key of the threefry kind, for the whole batch () or one per image (B,); or their words, (2,) or (B, 2)
         uint32. The noises are those of `sdjax.noise`.
       noise: (T, B, h, w, C), one standard normal per row, in place of every draw.
+      brownian: with a key, the noises are one Brownian motion in sigma, the same at any number of steps.
 
     Returns:
       (B, h, w, C) float32, the clean latents.
@@ -170,6 +179,11 @@ def sample(
         raise ValueError("key, noise: give one of them, not both")
     if words is None and noise is None and _may_draw(rows):
         raise ValueError("key, noise: this sampler draws noise; give one of them")
+
+    if brownian and words is not None:
+        if not isinstance(rows.span, jax.core.Tracer) and not rows.is_path:
+            raise ValueError("brownian: this sampler goes back up in noise, so its noises are no single path")
+        noise = noise_source.brownian(words, rows.span, x.shape[1:])
 
     def denoise(x_in: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
         output = model(x_in, jnp.broadcast_to(time, x.shape[:1]))

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
+
 from sdjax.schedule import Schedule
 
 Value = Any  # whatever adds up and takes factors: float64 arrays, or the symbols of symbols.py
@@ -31,6 +33,11 @@ class Level(NamedTuple):
     @property
     def std(self) -> float:
         return self.sigma * self.alpha
+
+    @property
+    def lam(self) -> float:
+        """Half the logarithm of the signal-to-noise ratio, the lambda of Lu et al. 2022; infinite where clean."""
+        return -math.log(self.sigma) if self.sigma > 0 else math.inf
 
 
 CLEAN = Level(0.0, 0.0)
@@ -73,18 +80,27 @@ class Run:
 
     Args:
       schedule: of training.
-      levels: of the whole run, n + 1 of them, the last one clean. A rule that counts steps sees them all.
+      levels: of the whole run, the last one where it ends. A rule that counts steps sees them all.
       first: the first of them that is run; later ones with image-to-image.
+      num_inference_steps: of the whole run, which a stride is a share of.
       prediction: what the model returns: "epsilon", "v" or "sample".
       scale: of the algorithm's latents.
     """
 
     def __init__(
-        self, schedule: Schedule, levels: tuple[Level, ...], first: int, prediction: str, scale: Scale, machine: Machine
+        self,
+        schedule: Schedule,
+        levels: tuple[Level, ...],
+        first: int,
+        num_inference_steps: int,
+        prediction: str,
+        scale: Scale,
+        machine: Machine,
     ) -> None:
         self.schedule = schedule
         self.levels = levels
         self.first = first
+        self.num_inference_steps = num_inference_steps
         self._prediction = prediction
         self._scale = scale
         self._machine = machine
@@ -94,13 +110,22 @@ class Run:
         self._drawn = -1  # the last row whose noise is spent
 
     @property
-    def num_inference_steps(self) -> int:
-        """Steps of the whole run."""
-        return len(self.levels) - 1
+    def stride(self) -> int:
+        """Training timesteps per step, rounded down."""
+        return self.schedule.num_train_timesteps // self.num_inference_steps
+
+    @property
+    def remaining(self) -> int:
+        """Steps of the whole run from the present one on, itself included: 1 in the last."""
+        return len(self.levels) - 1 - self._step
+
+    def level(self, sigma: float) -> Level:
+        """A noise level between those of the steps, for methods that call the model there."""
+        return Level(float(self.schedule.time_of(np.asarray(sigma))), float(sigma))
 
     def steps(self) -> Iterator[tuple[Level, Level]]:
         """The noise levels at the beginning and the end of each step that is run."""
-        for step in range(self.first, self.num_inference_steps):
+        for step in range(self.first, len(self.levels) - 1):
             self._step = step
             yield self.levels[step], self.levels[step + 1]
 

@@ -8,17 +8,51 @@ from sdjax.schedule import PREDICTIONS
 
 SHAPE = (2, 4, 6, 4)
 NAMES = [algorithm.name for algorithm in samplers.ALGORITHMS]
+# Each algorithm with each of its spacings and each prediction type, in turn.
 KINDS = [
-    (algorithm.name, spacing, prediction)
+    (algorithm.name, spacing, PREDICTIONS[i % len(PREDICTIONS)])
     for algorithm in samplers.ALGORITHMS
-    for spacing, _ in algorithm.spacings
-    for prediction in PREDICTIONS
+    for i, (spacing, _) in enumerate(algorithm.spacings)
 ]
-# The options under which each algorithm is tested; those not named here have none.
+# The options under which each algorithm is tested, besides none.
 OPTIONS = {
-    "ddpm": ({}, {"variance_type": "fixed_large"}),
-    "ddim": ({}, {"eta": 0.5}, {"eta": 1.0, "set_alpha_to_one": True}, {"set_alpha_to_one": True}),
+    "ddpm": ({"variance_type": "fixed_large"},),
+    "ddim": ({"eta": 0.5}, {"eta": 1.0, "set_alpha_to_one": True}, {"set_alpha_to_one": True}),
+    "ddim_inverse": ({"iterations": 3}, {"set_alpha_to_one": True}),
+    "ddim_cfg_pp": ({"set_alpha_to_one": True},),
+    "plms": ({"set_alpha_to_one": True},),
+    "pndm": ({"set_alpha_to_one": True},),
+    "lms": ({"order": 1}, {"order": 3}),
+    "ipndm": ({"order": 2},),
+    "euler_ancestral": ({"eta": 0.5, "s_noise": 0.9}, {"eta": 0.0}),
+    "euler_ancestral_cfg_pp": ({"eta": 0.5},),
+    "heun": ({"s_churn": 10.0, "s_tmin": 0.05, "s_tmax": 5.0, "s_noise": 1.01},),
+    "restart": ({"restarts": (0.5, 1.5, 1, 1, 0.1, 0.4, 2, 2)}, {"restarts": ()}),
+    "dpm2_ancestral": ({"eta": 0.5},),
+    "dpm_multistep": ({"order": 3}, {"solver_type": "heun", "final_sigma": "zero"}),
+    "dpm_singlestep": ({"order": 3, "solver_type": "heun"}, {"final_sigma": "zero"}),
+    "deis": ({"order": 3}, {"final_sigma": "zero", "lower_order_final": False}),
+    "dpmpp_2m": ({"order": 1}, {"solver_type": "heun", "final_sigma": "min", "lower_order_final": False}),
+    "dpmpp_2s": ({"solver_type": "heun", "final_sigma": "min", "lower_order_final": True},),
+    "dpmpp_3s": ({"solver_type": "heun", "final_sigma": "min"},),
+    "dpmpp_2s_ancestral": ({"eta": 0.0}, {"s_noise": 0.5}),
+    "dpmpp_sde": ({"r": 0.4, "eta": 0.5},),
+    "dpmpp_2m_sde": ({"order": 3, "final_sigma": "min"}, {"solver_type": "heun", "eta": 0.5}),
+    "dpmpp_3m_sde": ({"eta": 0.0},),
+    "unipc": ({"order": 3}, {"order": 1}, {"solver_type": "bh1", "final_sigma": "min", "lower_order_final": False}),
+    "sa_solver": ({"predictor_order": 3, "corrector_order": 4}, {"tau": 0.0}, {"final_sigma": "zero", "tau_end": 999}),
+    "res_multistep": ({"eta": 1.0},),
+    "er_sde": ({"order": 1}, {"order": 2, "s_noise": 0.0}),
+    "lcm": ({"timestep_scaling": 1.0},),
+    "tcd": ({"eta": 0.0}, {"eta": 1.0}),
 }
+# Those that call the model once in a step.
+ONE_CALL = [name for name in NAMES if len(samplers.create(name).rows(7)) == 7 and name != "ddim_inverse"]
+
+
+def options_of(name):
+    """Every set of options that an algorithm is tested under."""
+    return ({}, *OPTIONS.get(name, ()))
 
 
 def draws(count, shape=SHAPE, seed=0):

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax import samplers, schedule
+from sdjax import samplers, spacings
 from sdjax.samplers import REGISTERS, Algorithm
 from sdjax.samplers.symbols import Symbol
 
 from .oracle import SHAPE, Numbers, assert_close, draws, model
 
-SPACINGS = (("linspace", schedule.linspace), ("karras", schedule.karras))
+SPACINGS = (("linspace", spacings.linspace), ("karras", spacings.Karras()))
 
 
 def algorithm(function, scale="ve"):
