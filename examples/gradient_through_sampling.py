@@ -18,7 +18,7 @@ def main() -> list[float]:
     model = sdjax.load()
     context = model.encode_text(model.tokenizer(["a 3d emoji of a red apple on a white background"]))
     config = model.config
-    rows = sdjax.samplers.create("ddim", schedule=model.schedule(), steps_offset=config.steps_offset).rows(STEPS)
+    rows = model.sampler("ddim").rows(STEPS)
 
     def brightness(noise: jax.Array) -> jax.Array:
         def denoise(x: jax.Array, time: jax.Array) -> jax.Array:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdjax import guidance as guidance
+    from sdjax import prompts as prompts
     from sdjax import samplers as samplers
+    from sdjax import spacings as spacings
     from sdjax.checkpoints.errors import CheckpointError as CheckpointError
     from sdjax.generation import generate as generate
     from sdjax.pipeline import StableDiffusion as StableDiffusion
@@ -24,7 +26,9 @@ _HOMES = {
     "generate": "sdjax.generation",
     "guidance": "sdjax",
     "load": "sdjax.pipeline",
+    "prompts": "sdjax",
     "samplers": "sdjax",
+    "spacings": "sdjax",
 }
 __all__ = [*_HOMES, "__version__"]
 

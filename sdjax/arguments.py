@@ -12,10 +12,7 @@ import numpy as np
 from PIL import Image
 
 from sdjax.models.config import Config
-from sdjax.tokenizer import Tokenizer
 
-# The numbers of 75-token windows that programs are compiled for.
-WINDOWS = (1, 2, 4, 8)
 LARGEST_SEED = 2**64 - 1
 
 
@@ -103,19 +100,6 @@ def size(config: Config, height: Any, width: Any, picture: Image.Image | None) -
             near = f"{below + factor}" if below == 0 else f"{below} or {below + factor}"
             raise ValueError(f"{name}: must be a multiple of {factor}, got {value}; nearest: {near}")
     return int(height), int(width)
-
-
-def tokens(
-    tokenizer: Tokenizer, prompts: list[str], negatives: list[str] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Ids (B, N, 77) and which windows hold text (B, N), of the prompts and the negatives; N is 1, 2, 4 or 8."""
-    needed = max(tokenizer.windows_needed(text) for text in [*prompts, *(negatives or [])])
-    # More than the last are refused by the tokenizer, by the text's name.
-    count = min(n for n in WINDOWS if n >= min(needed, WINDOWS[-1]))
-    ids, windows = tokenizer.windows(prompts, count)
-    if negatives is None:
-        return ids, windows, None, None
-    return ids, windows, *tokenizer.windows(negatives, count)
 
 
 def start_noise(latents: Any, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Options that go to `generate` as they are.
 PASSED = (
     "negative_prompt", "strength", "num_inference_steps", "guidance_scale", "clip_skip", "height", "width",
-    "mask_blur", "padding_mask_crop",
+    "mask_blur", "padding_mask_crop", "exact_steps", "brownian",
 )  # fmt: skip
 
 
@@ -108,11 +108,14 @@ def _generate(arguments: argparse.Namespace) -> None:
     if old is not None:
         for difference in recipe.differences(old, model, generation.versions()):
             _say(difference)
-    rescale = arguments.guidance_rescale if arguments.guidance_rescale is not None else old.rescale if old else 0.0
+    wanted = {} if old is None else {"rescale": old.rescale, **old.guidance}
+    for name in ("rescale", "interval", "threshold", "quantile", "perpendicular"):
+        if (given := getattr(arguments, f"guidance_{name}")) is not None:
+            wanted[name] = given
     settings |= {
         "model": model,
         "sampler": _sampler(arguments, old, model),
-        "guidance": guidance.Options(rescale=rescale),
+        "guidance": guidance.Options(**wanted),
     }
     if old is not None and len(prompts) == 1 and arguments.batch_size is None:
         pictures: Iterator[Image.Image] = iter([_again(old, prompts[0], first, model, settings)])
@@ -183,9 +186,7 @@ def _settings(arguments: argparse.Namespace, old: Recipe | None) -> dict[str, An
 
 
 def _sampler(arguments: argparse.Namespace, old: Recipe | None, model: StableDiffusion) -> Sampler:
-    from sdjax import samplers
-
-    options: dict[str, Any] = {"prediction": model.config.prediction, "steps_offset": model.config.steps_offset}
+    options: dict[str, Any] = {}
     if old is not None and arguments.sampler is None:
         options |= old.sampler_options
     if arguments.spacing is not None:
@@ -193,7 +194,7 @@ def _sampler(arguments: argparse.Namespace, old: Recipe | None, model: StableDif
     options |= dict(arguments.sampler_option)
     name = arguments.sampler or (old.sampler if old else "ddpm")
     try:
-        return samplers.create(name, schedule=model.schedule(), **options)
+        return model.sampler(name, **options)
     except TypeError as error:  # a value of another kind than the option's
         raise ValueError(f"--sampler-option: {error}") from error
 

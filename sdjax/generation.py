@@ -22,7 +22,8 @@ from sdjax import arguments, compilation_cache, images, noise, pipeline, program
 from sdjax import guidance as guidance_functions
 from sdjax.models.config import Config
 from sdjax.pipeline import StableDiffusion
-from sdjax.program import Inputs, Job, Picture, Result
+from sdjax.program import Guide, Inputs, Job, Picture, Result
+from sdjax.prompts import Conditioning, encode, split_and
 from sdjax.recipe import Recipe, texts
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,9 @@ class Task(NamedTuple):
     prompts: list[str]
     negatives: list[str]
     seeds: list[int]
-    token_ids: np.ndarray  # (N, windows, 77)
-    windows: np.ndarray  # (N, windows) bool
-    negative_ids: np.ndarray | None
-    negative_windows: np.ndarray | None
+    prompt: Conditioning
+    negative: Conditioning | None
+    empty: Conditioning | None
     canvases: list[Canvas] | None
     latents: np.ndarray | None  # (N, h, w, z)
 
@@ -82,6 +82,8 @@ def generate(
     mesh: Mesh | None = None,
     mask_blur: float = 0,
     padding_mask_crop: int | None = None,
+    exact_steps: bool = False,
+    brownian: bool = False,
 ) -> list[Image.Image] | np.ndarray:
     """Pictures of what the prompts say.
 
@@ -89,13 +91,15 @@ def generate(
     prompts, seeds, steps, strengths, guidance and samplers then run the same program.
 
     Args:
-      prompt: one text or several. Texts over 75 tokens are encoded in windows of 75; none is cut.
+      prompt: one text or several, in the language of A1111's web UI (`sdjax.prompts`): (word:1.3) and [word] weigh
+        words, [from:to:when] and [a|b] change them from step to step, AND joins prompts, BREAK begins a new window;
+        a bracket that is meant is \\( or \\[. Texts over 75 tokens are encoded in windows of 75; none is cut.
       negative_prompt: what to keep away from, one for all or one per prompt; unused where guidance is off.
       model: what `sdjax.load` returns, or what it takes; None is the model that ships.
       image: a picture to start from (a path, PIL picture or array; one for all or one per prompt).
       mask_image: with `image`: white is repainted, black is kept to the bit. One for all or one per prompt.
       strength: how much of the noise schedule a given picture goes through, in (0, 1]; int(steps * strength) steps
-        run. None is 0.8, and 1.0 with a mask.
+        run, see `exact_steps`. None is 0.8, and 1.0 with a mask.
       num_inference_steps: 1 to the schedule's 1000.
       guidance_scale: of classifier-free guidance (Ho & Salimans 2022), one number or one per step. Where all are
         at most 1 the negative prompt is not evaluated and a step costs half.
@@ -116,6 +120,9 @@ def generate(
       mesh: devices to share the batch out over; the weights are on each of them.
       mask_blur: radius in pixels by which the mask's edge is softened when the pictures are put together.
       padding_mask_crop: work on the masked part only, with so many pixels around it, at the full size.
+      exact_steps: with a strength, num_inference_steps are run, the last of int(num_inference_steps / strength).
+      brownian: the noises that the sampler adds are one Brownian motion per picture, so that a run of half as many
+        steps follows the same path; else they are drawn independently, step by step.
 
     Returns:
       A list of PIL pictures, each with its recipe in `.info`; or an array, see `output_type`. After Ctrl-C, what
@@ -149,39 +156,50 @@ def generate(
 
     arguments.task(config, listed["image"] is not None, listed["mask_image"] is not None, strength)
     if isinstance(sampler, str):
-        sampler = samplers.create(
-            sampler, schedule=model.schedule(), prediction=config.prediction, steps_offset=config.steps_offset
-        )
+        sampler = model.sampler(sampler)
     inpaint = listed["mask_image"] is not None
     if strength is None:
         strength = 1.0 if inpaint or listed["image"] is None else 0.8
-    rows = sampler.rows(num_inference_steps, strength)
+    rows = sampler.rows(num_inference_steps, strength, exact_steps=exact_steps)
+    if sampler.algorithm.inverse:
+        raise ValueError(f"sampler: {sampler.name} goes from a picture to noise; use it with sdjax.samplers.sample")
+    if brownian and not rows.is_path:
+        raise ValueError(f"brownian: {sampler.name} goes back up in noise, so its noises are no single path")
     if listed["image"] is None or (inpaint and strength == 1):
         rows = rows.from_noise()
-    scales = guidance_functions.per_row(guidance_scale, num_inference_steps, np.asarray(rows.step))
-    guided = bool(sampler.reads_unguided or (scales > 1.0).any())
-    rescale = (guidance or guidance_functions.Options()).rescale
+    # With exact_steps the run is the end of a longer one: its scales, too, are those of the steps that are made.
+    steps = int(rows.step[-1]) + 1
+    scales = guidance_functions.per_row(guidance_scale, steps, np.asarray(rows.step))
+    composed = any(len(split_and(text)) > 1 for text in prompts)
+    guided = bool(sampler.reads_unguided or composed or (scales > 1.0).any())
+    options = guidance or guidance_functions.Options()
     rows = rows.padded(samplers.bucket(len(rows)))
-    scales = np.pad(scales, (0, len(rows) - len(scales)))
+    guide = _guide(options, rows, np.pad(scales, (0, len(rows) - len(scales))), steps, guided)
+    if composed and options.interval is not None:
+        raise ValueError("guidance.interval: outside of it one prompt is evaluated, and AND joins several")
 
     canvases, height, width = _canvases(
         config, listed["image"], listed["mask_image"], height, width, mask_blur, padding_mask_crop
     )
     if padding_mask_crop is not None and output_type != "pil":
         raise ValueError('padding_mask_crop: pictures keep their own sizes; take output_type "pil"')
-    ids, windows, negative_ids, negative_windows = arguments.tokens(
-        model.tokenizer, prompts, negatives if guided else None
-    )
-    job = Job(config, model.dtype, height, width, guided, clip_skip, decode=output_type != "latent")
+    shown = prompts if guide.perpendicular is None else [*prompts, ""]  # for one number of windows in both
+    conditioning, negative = encode(model.tokenizer, shown, negatives if guided else None, steps)
+    empty = None
+    if guide.perpendicular is not None:
+        empty = Conditioning(*(np.repeat(part[-1:, :1], len(prompts), 0) for part in conditioning))
+        conditioning = Conditioning(*(part[:-1] for part in conditioning))
+    positive, negative, empty = (_per_picture(each, repeats, rows) for each in (conditioning, negative, empty))
+    assert positive is not None
+    job = Job(config, model.dtype, height, width, guided, clip_skip, output_type != "latent", brownian)
     each = functools.partial(arguments.one_per_picture, repeats=repeats)
     task = Task(
         prompts=each(prompts),
         negatives=each(negatives),
         seeds=seeds,
-        token_ids=np.repeat(ids, repeats, 0),
-        windows=np.repeat(windows, repeats, 0),
-        negative_ids=None if negative_ids is None else np.repeat(negative_ids, repeats, 0),
-        negative_windows=None if negative_windows is None else np.repeat(negative_windows, repeats, 0),
+        prompt=positive,
+        negative=negative,
+        empty=empty,
         canvases=None if canvases is None else each(canvases),
         latents=arguments.start_noise(latents, (count, *job.latent_shape)),
     )
@@ -203,7 +221,7 @@ def generate(
         seed=0,
         height=height,
         width=width,
-        rescale=float(rescale),
+        rescale=float(options.rescale),
         model=model.source,
         model_sha256=model.fingerprint,
         dtype=model.dtype,
@@ -215,8 +233,15 @@ def generate(
         mask_sha256=None,
         mask_blur=float(mask_blur),
         padding_mask_crop=padding_mask_crop,
-        windows=windows.shape[1],
+        windows=conditioning.windows.shape[-1],
         versions=versions(mesh),
+        guidance={
+            name: value
+            for name, value in dataclasses.asdict(options).items()
+            if name != "rescale" and value is not None
+        },
+        exact_steps=exact_steps,
+        brownian=brownian,
     )
 
     params = model.params if mesh is None else model.place(mesh).params
@@ -225,7 +250,7 @@ def generate(
         with compilation_cache.enabled():
             for first in range(0, count, size):
                 chosen = np.arange(first, first + size).clip(max=count - 1)  # the last picture fills up the last chunk
-                inputs = _place(_inputs(task, chosen, rows, scales, rescale), mesh)
+                inputs = _place(_inputs(task, chosen, rows, guide), mesh)
                 if stepwise:
                     result = _run_stepwise(job, params, inputs, progress, callback)
                 else:
@@ -317,22 +342,49 @@ def _once(load: Callable[[int, PictureSource], Image.Image]) -> Callable[[int, P
     return cached
 
 
-def _inputs(task: Task, chosen: np.ndarray, rows: samplers.Rows, scales: np.ndarray, rescale: float) -> Inputs:
+def _guide(
+    options: guidance_functions.Options, rows: samplers.Rows, scales: np.ndarray, steps: int, guided: bool
+) -> Guide:
+    """What the program needs of the options; without guidance only the threshold is left."""
+
+    def number(value: float | None) -> np.ndarray | None:
+        return None if value is None else np.asarray(value, np.float32)
+
+    within = None
+    if options.interval is not None and guided:
+        share = np.asarray(rows.step) / steps
+        within = (options.interval[0] <= share) & (share < options.interval[1])
+    perpendicular = options.perpendicular if guided else None
+    rescale = np.asarray(options.rescale, np.float32)
+    return Guide(scales, rescale, within, number(options.threshold), number(options.quantile), number(perpendicular))
+
+
+def _per_picture(conditioning: Conditioning | None, repeats: int, rows: samplers.Rows) -> Conditioning | None:
+    """Each prompt for as many pictures; its steps as rows of the sampler."""
+    if conditioning is None:
+        return None
+    by_row = conditioning._replace(variants=conditioning.variants[..., np.asarray(rows.step)])
+    return Conditioning(*(np.repeat(part, repeats, 0) for part in by_row))
+
+
+def _inputs(task: Task, chosen: np.ndarray, rows: samplers.Rows, guide: Guide) -> Inputs:
     """The program's arguments for the pictures of these numbers."""
+
+    def of(conditioning: Conditioning | None) -> Conditioning | None:
+        return None if conditioning is None else Conditioning(*(part[chosen] for part in conditioning))
+
     picture = None
     if task.canvases is not None:
         parts = [task.canvases[i] for i in chosen]
         masks = [part.mask for part in parts if part.mask is not None]
         picture = Picture(np.stack([part.pixels for part in parts]), np.stack(masks) if masks else None)
     return Inputs(
-        token_ids=task.token_ids[chosen],
-        windows=task.windows[chosen],
-        negative_ids=None if task.negative_ids is None else task.negative_ids[chosen],
-        negative_windows=None if task.negative_windows is None else task.negative_windows[chosen],
+        prompt=Conditioning(*(part[chosen] for part in task.prompt)),
+        negative=of(task.negative),
+        empty=of(task.empty),
         seeds=noise.seed_words([task.seeds[i] for i in chosen]),
         rows=rows,
-        guidance=scales,
-        rescale=np.asarray(rescale, np.float32),
+        guide=guide,
         picture=picture,
         start_noise=None if task.latents is None else task.latents[chosen],
     )
@@ -344,7 +396,7 @@ def _place(inputs: Inputs, mesh: Mesh | None) -> Inputs:
         return inputs
     shared = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    common = {"rows", "guidance", "rescale"}
+    common = {"rows", "guide"}
     placed = {k: jax.device_put(v, everywhere if k in common else shared) for k, v in inputs._asdict().items()}
     return Inputs(**placed)
 

@@ -22,16 +22,48 @@ class Options:
       rescale: in [0, 1], how far the guided output is brought back to the contrast of the unguided picture
         (Lin et al. 2023, section 3.4, their phi). 0 is plain guidance, 0.7 what they recommend for models
         trained to a zero terminal signal.
+      interval: (start, stop) in [0, 1], the share of the run's steps in which there is guidance; outside of it the
+        unguided output is not computed, and the scale is 1 (Kynkäänniemi et al. 2024).
+      threshold: the predicted clean latents are kept within so much; None is no limit.
+      quantile: with a threshold: latents are scaled down to it from this quantile of their size, in place of cutting
+        off what is beyond (Saharia et al. 2022, section 2.3; they take 0.995). None cuts.
+      perpendicular: with it the negative prompt pushes only across the direction of the prompt, with this weight
+        (Armandpour et al. 2023, Perp-Neg), and guidance is away from the empty prompt. It costs a third evaluation.
 
     Raises:
       ValueError: a value out of its range.
     """
 
     rescale: float = 0.0
+    interval: tuple[float, float] | None = None
+    threshold: float | None = None
+    quantile: float | None = None
+    perpendicular: float | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.rescale, (int, float)) and 0 <= self.rescale <= 1):
-            raise ValueError(f"guidance.rescale: expected a number from 0 to 1, got {self.rescale!r}")
+        _check("rescale", self.rescale, 0, 1)
+        if self.interval is not None:
+            if not (isinstance(self.interval, (tuple, list)) and len(self.interval) == 2):
+                raise ValueError(f"guidance.interval: expected (start, stop), got {self.interval!r}")
+            for end in self.interval:
+                _check("interval", end, 0, 1)
+            if not self.interval[0] < self.interval[1]:
+                raise ValueError(f"guidance.interval: expected start < stop, got {self.interval!r}")
+            object.__setattr__(self, "interval", tuple(float(end) for end in self.interval))
+        if self.threshold is not None:
+            _check("threshold", self.threshold, 1e-3, 1e6)
+        if self.quantile is not None:
+            _check("quantile", self.quantile, 0, 1)
+            if self.threshold is None:
+                raise ValueError("guidance.quantile: it says how to reach a threshold, and there is none")
+        if self.perpendicular is not None:
+            _check("perpendicular", self.perpendicular, 0, 1e3)
+
+
+def _check(name: str, value: Any, least: float, most: float) -> None:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (real and least <= value <= most):
+        raise ValueError(f"guidance.{name}: expected a number from {least:g} to {most:g}, got {value!r}")
 
 
 def guide(conditional: jax.Array, unconditional: jax.Array, scale: Scalar, rescale: Scalar) -> jax.Array:
@@ -55,6 +87,58 @@ def guide(conditional: jax.Array, unconditional: jax.Array, scale: Scalar, resca
     factor = jnp.where(sound | (got == 0), jnp.sqrt(ratio), 0.0)
     rescale = jnp.asarray(rescale)
     return rescale * (factor * guided) + (1.0 - rescale) * guided
+
+
+def compose(conditional: jax.Array, unconditional: jax.Array, weights: Scalar) -> jax.Array:
+    """Several prompts of one picture as one output (Liu et al. 2022, "Composable diffusion", eq. 11).
+
+    Args:
+      conditional: (B, P, h, w, C) float32, the outputs with each of the prompts.
+      unconditional: (B, h, w, C) float32.
+      weights: (B, P) float32, or (B, P, h, w, 1) where prompts have regions.
+
+    Returns:
+      (B, h, w, C) float32: u + sum of weights (c - u), to be guided like any conditional output.
+    """
+    weights = jnp.asarray(weights)
+    if weights.ndim == 2:
+        weights = weights[:, :, None, None, None]
+    return unconditional + (weights * (conditional - unconditional[:, None])).sum(1)
+
+
+def across(conditional: jax.Array, unconditional: jax.Array, negative: jax.Array, weight: Scalar) -> jax.Array:
+    """Takes from the conditional output what the negative prompt adds across it (Armandpour et al. 2023, eq. 6).
+
+    Args:
+      conditional, unconditional, negative: (B, h, w, C) float32, outputs with the prompt, with none and with the
+        negative prompt.
+      weight: () float32.
+
+    Returns:
+      (B, h, w, C) float32: c - weight·n, n being the part of (negative - u) that is perpendicular to (c - u).
+    """
+    axes = tuple(range(1, conditional.ndim))
+    main, other = conditional - unconditional, negative - unconditional
+    size = jnp.sum(main * main, axes, keepdims=True)
+    along = jnp.sum(main * other, axes, keepdims=True) / jnp.where(size > 0, size, 1.0)
+    return conditional - jnp.asarray(weight) * (other - along * main)
+
+
+def limit(x0: jax.Array, threshold: Scalar, quantile: Scalar | None) -> jax.Array:
+    """Predicted clean latents within a threshold: cut off, or by a quantile scaled down (Saharia et al. 2022, 2.3).
+
+    Args:
+      x0: (B, h, w, C) float32.
+      threshold: () float32, above 0.
+      quantile: () float32 in [0, 1]; each picture is divided by that quantile of its size, where it is beyond the
+        threshold. None: all is only cut.
+    """
+    threshold = jnp.asarray(threshold)
+    if quantile is None:
+        return jnp.clip(x0, -threshold, threshold)
+    size = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), jnp.asarray(quantile), axis=1)
+    size = jnp.maximum(size, threshold).reshape(-1, *[1] * (x0.ndim - 1))
+    return jnp.clip(x0, -size, size) * (threshold / size)
 
 
 def per_row(guidance_scale: float | Sequence[float], num_inference_steps: int, step: np.ndarray) -> np.ndarray:

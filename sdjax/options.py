@@ -118,6 +118,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--mask-image", metavar="FILE", help="white is repainted, black is kept")
     strength = "how much is changed, up to 1 (default: 0.8, with a mask 1)"
     add("--strength", metavar="X", type=_number(float, 1e-9, 1), help=strength)
+    exact = "run --steps steps whatever the strength, as the end of a longer run"
+    add("--exact-steps", action=argparse.BooleanOptionalAction, help=exact)
     add("--mask-blur", type=_number(float, 0), metavar="PIXELS", help="soften the mask's edge (default: 0)")
     crop = "work at the full size on the masked part only, with so much around it"
     add("--padding-mask-crop", type=_number(int, 0), metavar="PIXELS", help=crop)
@@ -129,10 +131,20 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     scale = "how closely to follow the prompt; one, or one per step as X,X,X (default: 7.5)"
     add("--guidance-scale", "--cfg", type=_scales, metavar="X", help=scale)
     add("--guidance-rescale", type=_number(float, 0, 1), metavar="X", help="tame strong guidance, 0 to 1 (default: 0)")
+    interval: dict[str, Any] = {"type": _interval, "metavar": "START,STOP"}
+    add("--guidance-interval", **interval, help="guide only in this share of the steps, such as 0.1,0.8")
+    threshold: dict[str, Any] = {"type": _number(float, 1e-3), "metavar": "X"}
+    add("--guidance-threshold", **threshold, help="keep the predicted latents within X (default: no limit)")
+    quantile = "with a threshold: scale down from this quantile instead of cutting, such as 0.995"
+    add("--guidance-quantile", type=_number(float, 0, 1), metavar="X", help=quantile)
+    across = "the negative prompt pushes only across the prompt's direction, with weight X (Perp-Neg)"
+    add("--guidance-perpendicular", type=_number(float, 0), metavar="X", help=across)
     add("--sampler", metavar="NAME", help="by our, diffusers' or A1111's name (default: ddpm)")
     add("--spacing", metavar="NAME", help="of the sampler's steps, such as karras (default: the sampler's)")
     option: dict[str, Any] = {"type": _option, "action": "append", "default": [], "metavar": "NAME=VALUE"}
     add("--sampler-option", **option, help="such as eta=0.5; may be repeated")
+    path = "the sampler's noises are one Brownian motion, the same at any number of steps"
+    add("--brownian", action=argparse.BooleanOptionalAction, help=path)
     add("--clip-skip", type=_number(int, 0), metavar="N", help="last text encoder layers to leave out (default: 0)")
     add("--dtype", choices=DTYPES, help="of computation (default: float32 on a CPU, else bfloat16)")
     add("--batch-size", type=whole, metavar="N", help="pictures at once (default: their number, at most 8)")
@@ -172,6 +184,13 @@ def _scales(text: str) -> float | tuple[float, ...]:
     if not all(map(math.isfinite, values)):
         raise argparse.ArgumentTypeError(f"expected a number, or one per step with commas between, got {text!r}")
     return values[0] if len(values) == 1 else values
+
+
+def _interval(text: str) -> tuple[float, ...]:
+    values = _scales(text)
+    if not isinstance(values, tuple) or len(values) != 2 or not 0 <= values[0] < values[1] <= 1:
+        raise argparse.ArgumentTypeError(f"expected START,STOP with 0 <= START < STOP <= 1, got {text!r}")
+    return values
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax import checkpoints
+from sdjax import checkpoints, samplers
 from sdjax.models.config import Config
 from sdjax.models.layers import apply
 from sdjax.models.text_encoder import TextEncoder
@@ -102,7 +102,19 @@ class StableDiffusion:
     def schedule(self) -> Schedule:
         """The noise schedule that the model was trained with."""
         config = self.config
-        return Schedule(config.num_train_timesteps, config.beta_start, config.beta_end, config.beta_schedule)
+        return Schedule(
+            config.num_train_timesteps,
+            config.beta_start,
+            config.beta_end,
+            config.beta_schedule,
+            config.zero_terminal_snr,
+        )
+
+    def sampler(self, name: str | samplers.Algorithm = "ddpm", **options: Any) -> samplers.Sampler:
+        """`samplers.create` for this model: its schedule, its prediction type, its offset; options override them."""
+        config = self.config
+        own = {"schedule": self.schedule(), "prediction": config.prediction, "steps_offset": config.steps_offset}
+        return samplers.create(name, **{**own, **options})
 
 
 def shapes(config: Config) -> Params:

@@ -18,6 +18,7 @@ from sdjax.models.layers import apply
 from sdjax.models.text_encoder import TextEncoder
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
+from sdjax.prompts import Conditioning, emphasize
 from sdjax.samplers import rows as sampler_rows
 from sdjax.samplers.rows import Rows
 
@@ -37,6 +38,7 @@ class Job:
     guided: bool  # False: the negative prompt is not evaluated at all
     clip_skip: int = 0
     decode: bool = True  # False: the result is latents
+    brownian: bool = False  # True: the rows' noises are one Brownian motion
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -57,36 +59,52 @@ class Picture(NamedTuple):
     mask: Array | None  # (B, H, W, 1) float32, 1 = repaint; between 0 and 1 only where its edge is blurred
 
 
+class Guide(NamedTuple):
+    """How outputs of the model become one; None is what a job does without. T rows."""
+
+    scale: Array  # (T,) float32
+    rescale: Array  # () float32, as the following of `guidance.Options`
+    within: Array | None = None  # (T,) bool: rows in the interval
+    threshold: Array | None = None  # () float32
+    quantile: Array | None = None  # () float32
+    perpendicular: Array | None = None  # () float32
+
+
 class Inputs(NamedTuple):
-    """The arguments of the program that differ from picture to picture and run to run; B pictures, N windows.
+    """The arguments of the program that differ from picture to picture and run to run; B pictures, T rows.
 
     None stands for what a job has not got; its presence is part of the compiled shape. The three noises are drawn
     from the seeds where they are None; given, they make a run comparable with another program's.
     """
 
-    token_ids: Array  # (B, N, 77) int32
-    windows: Array  # (B, N) bool: which of them hold text
-    negative_ids: Array | None  # (B, N, 77) int32, with guidance
-    negative_windows: Array | None
+    prompt: Conditioning  # the user's steps in it are rows here: `variants` is (B, P, T)
+    negative: Conditioning | None  # with guidance; P is 1
+    empty: Conditioning | None  # with a perpendicular negative prompt: the one that says nothing
     seeds: Array  # (B, 2) uint32
     rows: Rows  # of T rows, padded
-    guidance: Array  # (T,) float32, one value per row
-    rescale: Array  # () float32, `guidance.Options.rescale`
+    guide: Guide
     picture: Picture | None = None
     start_noise: Array | None = None  # (B, h, w, z) standard normal
     step_noise: Array | None = None  # (T, B, h, w, z)
     encode_noise: Array | None = None  # (B, h, w, z)
 
 
+class Context(NamedTuple):
+    """A `Conditioning` behind the text encoder: all variants of all prompts."""
+
+    states: jax.Array  # (B, P, V, 77 N, D)
+    windows: Array  # (B, P, V, N) bool
+    variants: Array  # (B, P, T) int32
+    composition: Array  # (B, P) float32
+
+
 class Conditions(NamedTuple):
-    """What stays the same through the loop.
+    """What stays the same through the loop."""
 
-    With guidance, places 2i and 2i + 1 of a batch are picture i without and with its prompt: neighbours rather than
-    two halves, so that over several devices a picture stays on its own.
-    """
-
-    context: jax.Array  # (B or 2B, 77 N, D)
-    key_mask: jax.Array | None  # (B or 2B, 77 N) bool; None for a single window
+    prompt: Context
+    negative: Context | None
+    empty: Context | None
+    path: jax.Array | None  # (T, B, h, w, z), the rows' noises where they are one Brownian motion
     extra: jax.Array | None  # (B, h, w, z + 1): mask and masked picture, for the 9-channel UNet
     clean: jax.Array | None  # (B, h, w, z): the picture's latents, scaled
     noise: Array  # (B, h, w, z): the noise the run started from
@@ -103,12 +121,25 @@ class Result(NamedTuple):
     finite_pixels: jax.Array  # (B,) bool
 
 
-def encode_prompts(job: Job, params: Params, token_ids: Array) -> jax.Array:
-    """(B, N, 77) -> contexts (B, 77 N, D): every window through the text encoder, then side by side."""
-    b, n, length = token_ids.shape
+def encode_prompts(job: Job, params: Params, conditioning: Conditioning) -> Context:
+    """Every window through the text encoder, its words weighted; then side by side."""
+    *lead, n, length = conditioning.token_ids.shape
     encoder = TextEncoder(job.config.text_encoder, jnp.dtype(job.dtype))
-    states = apply(encoder, params["text_encoder"], token_ids.reshape(b * n, length), job.clip_skip)
-    return states.reshape(b, n * length, -1)
+    token_ids = conditioning.token_ids.reshape(-1, length)
+    states = apply(encoder, params["text_encoder"], token_ids, job.clip_skip)
+    states = emphasize(states, conditioning.weights.reshape(-1, length))
+    return Context(
+        states.reshape(*lead, n * length, -1), conditioning.windows, conditioning.variants, conditioning.composition
+    )
+
+
+def at_row(context: Context, number: Array) -> tuple[jax.Array, jax.Array]:
+    """The variants of a row: states (B, P, 77 N, D) and windows (B, P, N)."""
+    if context.states.shape[2] == 1:
+        return context.states[:, :, 0], jnp.asarray(context.windows)[:, :, 0]
+    chosen = lax.dynamic_index_in_dim(jnp.asarray(context.variants), number, 2)[..., None]  # (B, P, 1, 1)
+    states = jnp.take_along_axis(context.states, chosen[..., None], 2)[:, :, 0]
+    return states, jnp.take_along_axis(jnp.asarray(context.windows), chosen, 2)[:, :, 0]
 
 
 def encode_picture(job: Job, params: Params, pixels: Array, normal: Array) -> jax.Array:
@@ -123,14 +154,12 @@ def start(job: Job, params: Params, inputs: Inputs) -> tuple[jax.Array, Conditio
     config = job.config
     shape = job.latent_shape
 
-    token_ids, valid = inputs.token_ids, inputs.windows
-    if job.guided:
-        assert inputs.negative_ids is not None
-        assert inputs.negative_windows is not None
-        token_ids = _pairs(inputs.negative_ids, token_ids)
-        valid = _pairs(inputs.negative_windows, valid)
-    context = encode_prompts(job, params, token_ids)
-    key_mask = None if valid.shape[1] == 1 else jnp.repeat(valid, token_ids.shape[-1], 1)
+    contexts = [
+        None if each is None else encode_prompts(job, params, each)
+        for each in (inputs.prompt, inputs.negative, inputs.empty)
+    ]
+    assert contexts[0] is not None
+    path = noise.brownian(inputs.seeds, inputs.rows.span, shape) if job.brownian else None
 
     start_noise = inputs.start_noise
     if start_noise is None:
@@ -153,7 +182,8 @@ def start(job: Job, params: Params, inputs: Inputs) -> tuple[jax.Array, Conditio
     x = inputs.rows.start[1] * start_noise
     if clean is not None:
         x = x + inputs.rows.start[0] * clean
-    return sampler_rows.initial_registers(x), Conditions(context, key_mask, extra, clean, start_noise, repaint)
+    conditions = Conditions(*contexts, path, extra, clean, start_noise, repaint)
+    return sampler_rows.initial_registers(x), conditions
 
 
 def step(
@@ -161,25 +191,58 @@ def step(
 ) -> tuple[jax.Array, jax.Array]:
     """Row `number` of the sampler: one evaluation of the UNet, one linear update. Returns the registers and its x0."""
     row = inputs.rows[number]
-    scale = lax.dynamic_index_in_dim(inputs.guidance, number, keepdims=False)
-    unet = UNet(job.config.unet, jnp.dtype(job.dtype))
+    guide = jax.tree.map(lambda value: value[number] if np.ndim(value) else value, inputs.guide)
 
-    def denoise(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def evaluate(x: jax.Array, time: jax.Array, contexts: list[Context]) -> jax.Array:
+        """(B, h, w, z) -> (B, K, h, w, z): the outputs for all the prompts of these contexts.
+
+        A picture's K evaluations are neighbours in the batch, so that over several devices it stays on its own.
+        """
         if conditions.extra is not None:
             x = jnp.concatenate([x, conditions.extra], -1)
-        if job.guided:
-            x = _pairs(x, x)
+        states, windows = (
+            jnp.concatenate(each, 1) for each in zip(*[at_row(c, number) for c in contexts], strict=True)
+        )
+        b, k, n = windows.shape
+        key_mask = None if n == 1 else jnp.repeat(windows.reshape(b * k, n), states.shape[2] // n, 1)
+        x = jnp.repeat(x, k, 0)
         times = jnp.broadcast_to(time, x.shape[:1])
-        output = apply(unet, params["unet"], x, times, conditions.context, conditions.key_mask)
-        if not job.guided:
-            return output, output
-        unguided, conditional = output[0::2], output[1::2]
-        return guidance.guide(conditional, unguided, scale, inputs.rescale), unguided
+        unet = UNet(job.config.unet, jnp.dtype(job.dtype))
+        output = apply(unet, params["unet"], x, times, states.reshape(b * k, *states.shape[2:]), key_mask)
+        return output.astype(jnp.float32).reshape(b, k, *output.shape[1:])
 
-    if inputs.step_noise is None:
+    def unguided(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
+        output = evaluate(x, time, [conditions.prompt])[:, 0]
+        return output, output
+
+    def guided(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
+        others = [context for context in (conditions.empty, conditions.negative) if context is not None]
+        outputs = evaluate(x, time, [*others, conditions.prompt])
+        base, each = outputs[:, 0], outputs[:, len(others) :]
+        alone = each.shape[1] == 1
+        conditional = each[:, 0] if alone else guidance.compose(each, base, conditions.prompt.composition)
+        if guide.perpendicular is not None:
+            conditional = guidance.across(conditional, base, outputs[:, 1], guide.perpendicular)
+        return guidance.guide(conditional, base, guide.scale, guide.rescale), base
+
+    def denoise(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if not job.guided:
+            m, u = unguided(x, time)
+        elif guide.within is None:
+            m, u = guided(x, time)
+        else:
+            m, u = lax.cond(guide.within, guided, unguided, x, time)
+        if guide.threshold is not None:
+            to_x0 = jnp.asarray(row.to_x0)
+            x0 = guidance.limit(to_x0[0] * x + to_x0[1] * m, guide.threshold, guide.quantile)
+            m = (x0 - to_x0[0] * x) / to_x0[1]
+        return m, u
+
+    given = conditions.path if inputs.step_noise is None else inputs.step_noise
+    if given is None:
         normal = noise.normal(inputs.seeds, noise.STEP, number, registers.shape[2:])
     else:
-        normal = lax.dynamic_index_in_dim(inputs.step_noise, number, keepdims=False)
+        normal = lax.dynamic_index_in_dim(given, number, keepdims=False)
     registers, x0 = sampler_rows.step(denoise, registers, row, normal)
     if conditions.repaint is not None:
         assert conditions.clean is not None
@@ -202,11 +265,6 @@ def finish(job: Job, params: Params, inputs: Inputs, registers: jax.Array) -> Re
         mixed = picture.mask * pixels.astype(jnp.float32) + (1.0 - picture.mask) * picture.image.astype(jnp.float32)
         pixels = jnp.round(mixed).astype(jnp.uint8)
     return Result(pixels, sound, jnp.isfinite(images).all((1, 2, 3)))
-
-
-def _pairs(first: Array, second: Array) -> jax.Array:
-    """Two batches (B, ...) as one (2B, ...), picture by picture."""
-    return jnp.stack([first, second], 1).reshape(2 * first.shape[0], *first.shape[1:])
 
 
 def to_pixels(images: jax.Array) -> jax.Array:

@@ -29,11 +29,13 @@ _WEB_UI_SAMPLERS = {
     "dpm2": "DPM2", "dpm2_ancestral": "DPM2 a", "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE",
     "dpmpp_2s_ancestral": "DPM++ 2S a", "dpmpp_3m_sde": "DPM++ 3M SDE", "dpmpp_sde": "DPM++ SDE",
     "ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "lcm": "LCM",
-    "lms": "LMS", "pndm": "PLMS", "unipc": "UniPC",
+    "lms": "LMS", "plms": "PLMS", "unipc": "UniPC", "deis": "DEIS", "ipndm": "IPNDM", "restart": "Restart",
+    "sa_solver": "SA-Solver", "res_multistep": "RES multistep", "er_sde": "ER SDE", "ddim_cfg_pp": "DDIM CFG++",
+    "euler_cfg_pp": "Euler CFG++", "euler_ancestral_cfg_pp": "Euler a CFG++", "dpmpp_2m_cfg_pp": "DPM++ 2M CFG++",
 }  # fmt: skip
 _WEB_UI_SPACINGS = {
     "karras": "Karras", "exponential": "Exponential", "beta": "Beta", "align_your_steps": "Align Your Steps",
-    "sgm_uniform": "SGM Uniform",
+    "sgm_uniform": "SGM Uniform", "polyexponential": "Polyexponential", "simple": "Simple",
 }  # fmt: skip
 
 
@@ -58,6 +60,8 @@ class Recipe:
       windows: of 75 tokens, that the program was compiled for.
       versions: of sdjax, jax, jaxlib; and the platform and the device.
       latents_sha256: of start noise that was given in place of the seed's; only who has it can make the picture again.
+      guidance: `guidance.Options` besides the rescale, those that are not None.
+      exact_steps, brownian: as `sdjax.generate` takes them.
     """
 
     prompt: str
@@ -86,6 +90,9 @@ class Recipe:
     windows: int
     versions: dict[str, str]
     latents_sha256: str | None = None
+    guidance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    exact_steps: bool = False
+    brownian: bool = False
 
 
 def texts(recipe: Recipe) -> dict[str, str]:
@@ -154,14 +161,16 @@ def from_json(text: str) -> Recipe:
 def _checked(fields: dict[str, Any]) -> Recipe:
     """A recipe from what JSON holds; ValueError where a field is missing, unknown or out of its range."""
     known = {field.name: field for field in dataclasses.fields(Recipe)}
-    required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
+    without = dataclasses.MISSING
+    required = {name for name, field in known.items() if field.default is field.default_factory is without}
     if unknown := sorted(fields.keys() - known.keys()):
         raise ValueError(f"unknown fields: {', '.join(map(repr, unknown[:5]))}"[:200])
     if missing := sorted(required - fields.keys()):
         raise ValueError(f"missing fields: {', '.join(missing)}")
     values = {name: _FIELDS[name](name, value) for name, value in fields.items()}
     scale = values["guidance_scale"]
-    if isinstance(scale, tuple) and len(scale) != values["num_inference_steps"]:
+    # With exact steps there is a scale for each of a longer run, whose end is made.
+    if isinstance(scale, tuple) and len(scale) != values["num_inference_steps"] and not values.get("exact_steps"):
         raise _wrong("guidance_scale", "one number, or one per step", scale)
     if values["index"] >= values["batch"]:
         raise _wrong("index", f"less than the batch of {values['batch']}", values["index"])
@@ -182,6 +191,12 @@ def _number(least: float, most: float, kind: type = float) -> Any:
         return kind(value)
 
     return check
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(name, "true or false", value)
+    return value
 
 
 def _whole(least: int, most: int) -> Any:
@@ -258,6 +273,9 @@ _FIELDS: dict[str, Any] = {
     "windows": _whole(1, 64),
     "versions": _versions,
     "latents_sha256": _DIGEST,
+    "guidance": _options,
+    "exact_steps": _flag,
+    "brownian": _flag,
 }
 
 

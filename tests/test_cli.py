@@ -15,9 +15,8 @@ import pytest
 from PIL import Image
 
 import sdjax
-from sdjax import checkpoints, cli, generation, images, options, outputs, pipeline, recipe
+from sdjax import checkpoints, cli, generation, images, options, outputs, pipeline, recipe, samplers
 from sdjax.models.config import TINY
-from sdjax.schedule import Schedule
 
 VERSIONS = {"sdjax": sdjax.__version__, "jax": "0.10.2", "jaxlib": "0.10.2", "platform": "cpu", "device": "cpu"}
 PLAIN = recipe.Recipe(
@@ -67,7 +66,7 @@ def made(monkeypatch):
             source="default" if path is None else os.path.basename(path),
             fingerprint=PLAIN.model_sha256,
             config=TINY,
-            schedule=Schedule,
+            sampler=samplers.create,
             tokenizer=SimpleNamespace(windows_needed=lambda text: 1 + len(text.split()) // 76),
         )
 
@@ -528,7 +527,10 @@ def test_options_change_the_recipe(made, capsys):
     assert run("generate", "--from", "a.png", "--spacing", "linspace", "-o", "b.png") == 0
     assert (made[3]["sampler"].spacing, dict(made[3]["sampler"].options)["eta"]) == ("linspace", 0.5)
     assert run("generate", "--from", "a.png", "--sampler", "Euler a", "-o", "b.png") == 0
-    assert (made[5]["sampler"].name, made[5]["sampler"].options) == ("euler_ancestral", ())
+    assert (made[5]["sampler"].name, made[5]["sampler"].options) == (
+        "euler_ancestral",
+        (("eta", 1.0), ("s_noise", 1.0)),
+    )
     assert run("generate", "--from", "a.png", "--images-per-prompt", 3, "-o", "c{seed}.png") == 0
     assert (made[7]["seed"][0], made[7]["batch_size"]) == (1234, 1)
     assert "same" not in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-PICTURES = ("pictures_from_text", "repaint_a_part")
+PICTURES = ("pictures_from_text", "repaint_a_part", "own_sampler")
 
 
 def test_all_are_run_here():

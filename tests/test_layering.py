@@ -9,18 +9,20 @@ MAY = {
     **{room: set() for room in LOW},  # "sdjax" itself is the version
     "models": {"ops"},
     "checkpoints": {"models.config"},
-    "samplers": {"schedule", "noise"},
+    "spacings": {"schedule"},
+    "samplers": {"schedule", "spacings", "noise"},
+    "prompts": {"tokenizer"},
     "recipe": {"images"},
     "arguments": {"models.config", "tokenizer"},
-    "program": {"models", "samplers", "guidance", "noise"},
-    "pipeline": {"models", "checkpoints", "tokenizer", "schedule"},
+    "program": {"models", "samplers", "guidance", "noise", "prompts"},
+    "pipeline": {"models", "checkpoints", "tokenizer", "schedule", "samplers"},
     "generation": {
         "arguments", "compilation_cache", "guidance", "images", "models.config", "noise", "pipeline", "program",
-        "recipe", "samplers",
+        "prompts", "recipe", "samplers",
     },
     "training": {"models", "ops", "schedule", "samplers", "guidance", "noise", "images", "tokenizer", "checkpoints"},
     "cli": {*LOW, "checkpoints", "generation", "pipeline", "recipe", "samplers"},
-    "__init__": {"checkpoints", "generation", "guidance", "pipeline", "samplers", "schedule"},
+    "__init__": {"checkpoints", "generation", "guidance", "pipeline", "prompts", "samplers", "schedule", "spacings"},
 }  # fmt: skip
 
 

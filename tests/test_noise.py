@@ -115,3 +115,42 @@ def test_words():
 def test_seeds_that_do_not_exist(seed):
     with pytest.raises(ValueError, match=r"seed: expected an integer from 0 to 2\^64 - 1, got .* for picture 1"):
         noise.seed_words([0, seed])
+
+
+brownian = jax.jit(noise.brownian, static_argnums=2)
+SIGMAS = np.array([14.6, 9.0, 5.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.03, 0.0], np.float32)
+
+
+def spans(sigmas):
+    return np.stack([sigmas[:-1], sigmas[1:]], 1)
+
+
+def test_brownian_noises_are_independent_normals():
+    drawn = np.asarray(brownian(noise.seed_words([3, 4]), spans(SIGMAS), (16, 16, 8)), np.float64)
+    assert drawn.shape == (9, 2, 16, 16, 8)
+    flat = drawn.reshape(18, -1)
+    # 2048 numbers each: five standard deviations of a mean, a variance and a correlation.
+    assert np.abs(flat.mean(1)).max() < 5 / 2048**0.5
+    assert np.abs(flat.std(1) - 1).max() < 5 / (2 * 2048) ** 0.5
+    assert np.abs(np.corrcoef(flat) - np.eye(18)).max() < 5 / 2048**0.5
+
+
+def test_a_brownian_path_is_the_same_at_any_number_of_steps():
+    """The noise of a long span is that of its parts, each weighted by the root of its share."""
+    words = noise.seed_words([3])
+    fine, coarse = (np.asarray(brownian(words, spans(s), SHAPE)) for s in (SIGMAS[:9], SIGMAS[:9:2]))
+    lengths = np.sqrt(-np.diff(SIGMAS[:9])).reshape(4, 2, 1, 1, 1, 1)
+    together = (lengths * fine.reshape(4, 2, *fine.shape[1:])).sum(1) / np.sqrt((lengths**2).sum(1))
+    np.testing.assert_allclose(together, coarse, atol=2e-4)
+
+
+def test_brownian_noise_of_an_image_is_its_own():
+    alone, both = (np.asarray(brownian(noise.seed_words(seeds), spans(SIGMAS), SHAPE)) for seeds in ([7], [5, 7]))
+    assert np.array_equal(alone[:, 0], both[:, 1])
+    assert not np.array_equal(both[:, 0], both[:, 1])
+
+
+def test_no_span_no_noise():
+    drawn = np.asarray(brownian(noise.seed_words([7]), np.array([[2.0, 1.0], [0.0, 0.0]]), SHAPE))
+    assert drawn[0].any()
+    assert not drawn[1].any()

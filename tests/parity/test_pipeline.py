@@ -10,7 +10,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdjax import noise, pipeline, program, samplers
 from sdjax.models.config import TINY
-from sdjax.program import Inputs, Job, Picture
+from sdjax.program import Guide, Inputs, Job, Picture
+from sdjax.prompts import Conditioning
 
 HEIGHT, WIDTH = 32, 24
 BATCH = 2
@@ -174,20 +175,30 @@ def theirs(kind, parts, draws, monkeypatch, steps, **arguments):
     return seen, images
 
 
+def conditioning(token_ids, count):
+    """One window, one variant, one prompt each."""
+    lead = (BATCH, 1, 1, 1)
+    return Conditioning(
+        token_ids.reshape(*lead, 77),
+        np.ones((*lead, 77), np.float32),
+        np.ones(lead, bool),
+        np.zeros((BATCH, 1, count), np.int32),
+        np.ones((BATCH, 1), np.float32),
+    )
+
+
 def ours(model, draws, steps, strength, picture, from_noise):
     """The program, row by row: the latents after every step, and the pictures."""
     rows = samplers.create("ddpm", schedule=model.schedule(), steps_offset=1).rows(steps, strength)
     rows = rows.from_noise() if from_noise else rows
     count = len(rows)
     inputs = Inputs(
-        token_ids=TOKENS[:, None],
-        windows=np.ones((BATCH, 1), bool),
-        negative_ids=EMPTY[:, None],
-        negative_windows=np.ones((BATCH, 1), bool),
+        prompt=conditioning(TOKENS, count),
+        negative=conditioning(EMPTY, count),
+        empty=None,
         seeds=noise.seed_words([0, 1]),
         rows=rows,
-        guidance=np.full(count, GUIDANCE, np.float32),
-        rescale=np.float32(0),
+        guide=Guide(np.full(count, GUIDANCE, np.float32), np.float32(0)),
         picture=picture,
         start_noise=draws["start"],
         step_noise=draws["steps"][:count],
