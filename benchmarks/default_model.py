@@ -4,7 +4,7 @@ The 200 prompts of `prompts.json` name a concept, a style and a background whose
 trained on; they were fixed before training. Each is made once, with the default sampler, steps and guidance and seed 0:
 no picking. Two judges look at every picture:
 
-* the nearest sprite (`sdjax.training.evaluation.judge`): the picture's background is the median colour of its border,
+* the nearest sprite (`sdjax.training.judge`): the picture's background is the median colour of its border,
   named after the nearest of the eight; on that background every sprite of the data set, all concepts in both styles, is
   laid at nine shifts of up to 2 pixels and three sizes, and the one with the smallest squared error is what the picture
   shows;
@@ -29,8 +29,9 @@ from PIL import Image
 import sdjax
 from sdjax.checkpoints import native, safetensors
 from sdjax.tokenizer import Tokenizer
-from sdjax.training import data, evaluation
+from sdjax.training import data
 from sdjax.training.contrastive import CLIP
+from sdjax.training.judge import nearest_sprite, psnr
 
 HERE = Path(__file__).parent
 COLUMNS = 16  # of the contact sheet
@@ -38,7 +39,7 @@ COLUMNS = 16  # of the contact sheet
 
 def by_sprite(pictures: np.ndarray, dataset: data.Dataset) -> np.ndarray:
     """(B, 3): concept, style and colour as the nearest sprite has them."""
-    verdict = evaluation.judge(pictures, dataset.sprites, np.array(list(data.COLOURS.values()), np.uint8))
+    verdict = nearest_sprite(pictures, dataset.sprites, np.array(list(data.COLOURS.values()), np.uint8))
     return np.stack([dataset.concept[verdict.sprite], dataset.style[verdict.sprite], verdict.background], -1)
 
 
@@ -78,7 +79,7 @@ def autoencoder_psnr(model: sdjax.StableDiffusion, dataset: data.Dataset, held_o
         mean, _ = model.encode_image(part / np.float32(127.5) - 1)
         decoded.append(np.asarray(model.decode_latents(mean)))
     again = np.clip(np.rint(np.concatenate(decoded) * 127.5 + 127.5), 0, 255).astype(np.uint8)
-    return evaluation.psnr(again, pictures)
+    return psnr(again, pictures)
 
 
 def _batches(array: np.ndarray, size: int) -> list[np.ndarray]:

@@ -154,11 +154,9 @@ def start(job: Job, params: Params, inputs: Inputs) -> tuple[jax.Array, Conditio
     config = job.config
     shape = job.latent_shape
 
-    contexts = [
-        None if each is None else encode_prompts(job, params, each)
-        for each in (inputs.prompt, inputs.negative, inputs.empty)
-    ]
-    assert contexts[0] is not None
+    prompt = encode_prompts(job, params, inputs.prompt)
+    negative = None if inputs.negative is None else encode_prompts(job, params, inputs.negative)
+    empty = None if inputs.empty is None else encode_prompts(job, params, inputs.empty)
     path = noise.brownian(inputs.seeds, inputs.rows.span, shape) if job.brownian else None
 
     start_noise = inputs.start_noise
@@ -182,7 +180,7 @@ def start(job: Job, params: Params, inputs: Inputs) -> tuple[jax.Array, Conditio
     x = inputs.rows.start[1] * start_noise
     if clean is not None:
         x = x + inputs.rows.start[0] * clean
-    conditions = Conditions(*contexts, path, extra, clean, start_noise, repaint)
+    conditions = Conditions(prompt, negative, empty, path, extra, clean, start_noise, repaint)
     return sampler_rows.initial_registers(x), conditions
 
 
@@ -300,6 +298,8 @@ def run(job: Job, params: Params, inputs: Inputs) -> Result:
 
         return lax.cond(inputs.rows.active[number], live, lambda registers: registers, registers), None
 
+    # Under a gradient only the registers of each row are kept, and the UNet is computed again on the way back.
+    body = jax.checkpoint(body, prevent_cse=False)
     registers, _ = lax.scan(body, registers, jnp.arange(inputs.rows.active.shape[0]))
     return finish(job, params, inputs, registers)
 

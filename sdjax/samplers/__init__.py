@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from sdjax.samplers.registry import ALGORITHMS, Algorithm
-from sdjax.samplers.rows import REGISTERS, Rows, bucket, initial_registers, restore, sample, step
+from sdjax.samplers.rows import (
+    REGISTERS,
+    STACKED,
+    Rows,
+    bucket,
+    initial_registers,
+    restore,
+    sample,
+    stack,
+    step,
+)
 from sdjax.samplers.run import Level, Output, Run
 from sdjax.samplers.sampler import Sampler, create
 
 __all__ = [
-    "ALGORITHMS", "REGISTERS", "Algorithm", "Level", "Output", "Rows", "Run", "Sampler",
-    "bucket", "create", "initial_registers", "restore", "sample", "step",
+    "ALGORITHMS", "REGISTERS", "STACKED", "Algorithm", "Level", "Output", "Rows", "Run", "Sampler",
+    "bucket", "create", "initial_registers", "restore", "sample", "stack", "step",
 ]  # fmt: skip

@@ -95,6 +95,28 @@ class Rows:
         return dataclasses.replace(padded, start=self.start, start_noise=self.start_noise)
 
 
+# Of a table that `stack` made, which axes `jax.vmap` maps over.
+_AXES: dict[str, Any] = dict.fromkeys((field.name for field in dataclasses.fields(Rows)), 0)
+STACKED = Rows(**{**_AXES, "active": None})
+
+
+def stack(tables: Sequence[Rows]) -> Rows:
+    """Several tables as one, for `jax.vmap(..., in_axes=STACKED)`: one call, a picture by each sampler.
+
+    All leaves get a new first axis but `active`, which stays one for all, so that the condition on it stays one:
+    shorter tables are filled up with rows that change nothing.
+    """
+    length = max(len(table) for table in tables)
+    filled = []
+    for table in tables:
+        rows = table.padded(length)
+        update = np.array(rows.update)
+        update[len(table) :, :, :REGISTERS] = np.eye(REGISTERS, dtype=update.dtype)
+        filled.append(dataclasses.replace(rows, update=update))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *filled)
+    return dataclasses.replace(stacked, active=np.ones(length, bool))
+
+
 def bucket(count: int) -> int:
     """The length of program that this many rows are padded to. Raises ValueError above the longest, 4096."""
     for length in BUCKETS:
@@ -202,6 +224,8 @@ def sample(
         # cond, not where: padding costs nothing.
         return jax.lax.cond(each[0].active, lambda: run(state, *each), lambda: state), None
 
+    # Under a gradient only the registers of each row are kept, and the model is computed again on the way back.
+    body = jax.checkpoint(body, prevent_cse=False)
     state, _ = jax.lax.scan(body, initial_registers(x), (rows[:], jnp.arange(len(rows)), noise))
     return state[0]
 

@@ -1,105 +1,96 @@
-"""Judges of the shipped model's pictures: which sprite of the data set, and which background, is it nearest to?"""
+"""The variational bound on the likelihood, term by term, in bits per dimension (Ho et al. 2020, eq. 5)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-Array = np.ndarray
+from sdjax import noise
+from sdjax.schedule import Schedule, add_noise, remove_noise
 
-# The candidates are moved and resized a little, so that a right picture in a slightly other place is still right.
-SHIFTS = tuple((dy, dx) for dy in (-2, 0, 2) for dx in (-2, 0, 2))
-SCALES = (0.92, 1.0, 1.08)
+Model = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-class Verdict(NamedTuple):
-    """What each picture was judged to be."""
+class Bound(NamedTuple):
+    """Bits per dimension of each picture; their sum bounds the negative logarithm of its likelihood from above."""
 
-    sprite: Array  # (B,) int: index of the nearest sprite
-    distance: Array  # (B,) float: its mean squared error, pixels in [0, 1]
-    background: Array  # (B,) int: index of the nearest palette colour
+    prior: jax.Array  # (B,): KL(q(x_T | x0) || N(0, 1)), T the last timestep
+    steps: jax.Array  # (T - 1, B): KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), for t = 1 to T - 1
+    decoder: jax.Array  # (B,): -log p(x0 | x_0th timestep)
+
+    @property
+    def total(self) -> jax.Array:
+        """(B,)."""
+        return self.prior + self.steps.sum(0) + self.decoder
 
 
-def psnr(pictures: Array, references: Array) -> Array:
-    """Peak signal-to-noise ratio in decibels, one per picture. Both (B, H, W, 3) uint8; returns (B,) float64."""
-    error = np.square(pictures.astype(np.float64) - references.astype(np.float64)).mean((1, 2, 3))
-    return 10 * np.log10(255.0**2 / np.maximum(error, 1e-10))
+def variational_bound(
+    model: Model,
+    x0: jax.Array,
+    schedule: Schedule,
+    prediction: str = "epsilon",
+    *,
+    words: jax.Array | np.ndarray,
+    levels: int | None = None,
+) -> Bound:
+    """One sample of the noise per timestep and picture; the mean of several is nearer to the bound itself.
 
-
-def judge(pictures: Array, sprites: Array, palette: Array) -> Verdict:
-    """The nearest sprite to each picture, over all sprites at small shifts and scales on the picture's own background.
-
-    A picture's background is the median colour of its outermost two pixels; its name is that of the nearest
-    palette colour. Every candidate is composited on that median colour, and the smallest squared error wins.
+    The reverse variances are the posterior's (fixed-small), but the first's, which is beta: there the posterior has
+    none, and a density would be infinite.
 
     Args:
-      pictures: (B, S, S, 3) uint8.
-      sprites: (N, S, S, 4) uint8, straight alpha.
-      palette: (P, 3) uint8.
+      model: (x, t) -> raw output, with x (B, h, w, C) float32 and t (B,) float32.
+      x0: (B, h, w, C) float32.
+      schedule, prediction: of the model.
+      words: (B, 2) uint32, `noise.seed_words` of the noises.
+      levels: x0 is one of so many even steps from -1 to 1, as pixels of 8 bits are with 256, and the decoder is the
+        probability of that step (Ho et al., eq. 13). None: x0 is continuous, and it is a density.
     """
-    size = pictures.shape[1]
-    x = pictures.astype(np.float32) / 255
-    frame = np.ones((size, size), bool)
-    frame[2:-2, 2:-2] = False
-    own = np.median(x[:, frame], axis=1)  # (B, 3)
-    to_palette = np.square(own[:, None] - palette[None].astype(np.float32) / 255).sum(-1)
+    schedule.check_prediction(prediction)
+    shape, batch = x0.shape[1:], x0.shape[0]
+    per_bit = math.prod(shape) * math.log(2)
+    share = schedule.alphas_cumprod
+    last = schedule.num_train_timesteps - 1
 
-    best = np.full(len(x), np.inf, np.float32)
-    sprite = np.zeros(len(x), np.int64)
-    for scale in SCALES:
-        scaled = np.stack([_scaled(s, scale) for s in sprites])
-        for shift in SHIFTS:
-            error = _errors(x, own, _shifted(scaled, shift))  # (B, N)
-            nearest = error.argmin(1)
-            value = error[np.arange(len(x)), nearest]
-            sprite = np.where(value < best, nearest, sprite)
-            best = np.minimum(value, best)
-    # An exact match comes out as the rounding of its terms, of either sign.
-    return Verdict(sprite, np.maximum(best, 0.0) / x[0].size, to_palette.argmin(1))
+    def predicted(t: jax.Array) -> jax.Array:
+        times = jnp.full((batch,), t, jnp.int32)
+        x = add_noise(schedule, x0, noise.normal(words, noise.STEP, t, shape), times)
+        return remove_noise(schedule, prediction, x, model(x, times.astype(jnp.float32)), times)[0]
 
+    # KL(N(alpha x0, 1 - alpha²) || N(0, 1)).
+    signal = jnp.asarray(share[last], jnp.float32)
+    spread = (1.0 - signal) - 1.0 - jnp.log1p(-signal)
+    prior = 0.5 * (spread + signal * jnp.square(x0)).sum((1, 2, 3)) / per_bit
 
-def _scaled(sprite: Array, scale: float) -> Array:
-    """A sprite with premultiplied alpha in [0, 1], resized about its centre and cropped or padded to its old size."""
-    wide = sprite.astype(np.float32) / 255
-    wide[..., :3] *= wide[..., 3:]
-    if scale == 1.0:
-        return wide
-    size = sprite.shape[0]
-    margin = size * (1 - 1 / scale) / 2  # of the source box; outside of the sprite it is transparent
-    pad = math.ceil(max(-margin, 0.0)) + 2
-    padded = np.pad(wide, ((pad, pad), (pad, pad), (0, 0)))
-    box = (margin + pad, margin + pad, size - margin + pad, size - margin + pad)
-    channels = [
-        Image.fromarray(padded[..., c], "F").resize((size, size), Image.Resampling.BILINEAR, box) for c in range(4)
-    ]
-    return np.stack([np.asarray(c) for c in channels], -1)
+    # Both are normal with the same variance: eq. 8 with the means' coefficients of x0 in place (Kingma et al. 2021,
+    # eq. 14), half of the difference of two signal-to-noise ratios.
+    snr = share / (1 - share)
+    weights = jnp.asarray(0.5 * (snr[:-1] - snr[1:]), jnp.float32)
+
+    def step(t: jax.Array) -> jax.Array:
+        return weights[t - 1] * jnp.square(x0 - predicted(t)).sum((1, 2, 3)) / per_bit
+
+    steps = jax.lax.map(step, jnp.arange(1, last + 1))
+    mean, std = predicted(jnp.asarray(0)), math.sqrt(schedule.betas[0])
+    if levels is None:
+        nats = 0.5 * jnp.square((x0 - mean) / std) + math.log(std) + 0.5 * math.log(2 * math.pi)
+    else:
+        nats = -_log_probability(x0, mean, std, levels)
+    return Bound(prior, steps, nats.sum((1, 2, 3)) / per_bit)
 
 
-def _shifted(sprites: Array, shift: tuple[int, int]) -> Array:
-    """(N, S, S, 4) moved down and to the right; what leaves at one side does not come back at the other."""
-    size = sprites.shape[1]
-    pad = max(abs(pixels) for pixels in shift)
-    padded = np.pad(sprites, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    top, left = (pad - pixels for pixels in shift)
-    return padded[:, top : top + size, left : left + size]
-
-
-def _errors(x: Array, own: Array, candidates: Array) -> Array:
-    """Squared distances (B, N) of pictures x to candidates on each picture's own background colour.
-
-    A candidate is c = s + (1 - a) b with premultiplied s, so |x - c|^2 expands into inner products that are
-    matrix multiplications; no composite is ever made.
-    """
-    n = len(candidates)
-    s, clear = candidates[..., :3], 1.0 - candidates[..., 3]  # (N, S, S, 3), (N, S, S)
-    flat_s, flat_clear = s.reshape(n, -1), clear.reshape(n, -1)
-    x_s = x.reshape(len(x), -1) @ flat_s.T
-    x_clear = np.stack([x[..., c].reshape(len(x), -1) @ flat_clear.T for c in range(3)], -1)  # (B, N, 3)
-    s_clear = np.stack([(s[..., c].reshape(n, -1) * flat_clear).sum(1) for c in range(3)], -1)  # (N, 3)
-    x_c = x_s + (x_clear * own[:, None]).sum(-1)
-    c_c = np.square(flat_s).sum(1)[None] + 2 * own @ s_clear.T
-    c_c = c_c + np.square(own).sum(1)[:, None] * np.square(flat_clear).sum(1)[None]
-    return np.square(x).sum((1, 2, 3))[:, None] - 2 * x_c + c_c
+def _log_probability(x: jax.Array, mean: jax.Array, std: float, levels: int) -> jax.Array:
+    """Of a normal within half a step of x, the outermost steps reaching to infinity (Ho et al., eq. 13)."""
+    half = 1.0 / (levels - 1)
+    above, below = (x + half - mean) / std, (x - half - mean) / std
+    log_cdf = jax.scipy.stats.norm.logcdf
+    # log(cdf(a) - cdf(b)) in the tail where both are small, by symmetry the lower one.
+    flip = above + below > 0
+    high, low = jnp.where(flip, -below, above), jnp.where(flip, -above, below)
+    inside = log_cdf(high) + jnp.log1p(-jnp.exp(log_cdf(low) - log_cdf(high)))
+    return jnp.where(x < -1 + half, log_cdf(above), jnp.where(x > 1 - half, log_cdf(-below), inside))

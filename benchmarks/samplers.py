@@ -1,0 +1,157 @@
+"""Which sampler to use: `python benchmarks/samplers.py pictures distances errors`
+
+Three results, in benchmarks/results:
+
+  pictures   samplers.png: every sampler at 5, 10, 20 and 50 steps, one prompt and seed, the model that ships
+  distances  samplers.json and samplers_distances.png: how far samplers without noise are from the ODE's solution
+             (Heun's method, 500 steps), against calls of the model: the root mean square of each picture's latents
+             over the solution's, averaged over prompts and seeds; needs `pip install -e ".[bench]"`
+  errors     samplers_errors.md: the largest error of every sampler against diffusers' schedulers, over the runs of
+             tests/parity/test_samplers.py; needs `pip install -e ".[test]"`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageDraw
+
+import sdjax
+from sdjax import noise, samplers
+
+RESULTS = Path(__file__).parent / "results"
+PROMPT = "a 3d emoji of a fox on a blue background"
+PROMPTS = (
+    PROMPT,
+    "a flat emoji of an owl on a pink background",
+    "a 3d emoji of a guitar on a yellow background",
+    "a flat emoji of a rocket on a white background",
+)
+STEPS = (5, 10, 20, 50)
+SCALE = 7.5
+CFG_PP_SCALE = 0.6  # where CFG++ does what 7.5 does else
+CALLS = (3, 5, 7, 10, 14, 20, 28, 40)
+
+
+def names(inverse: bool = False) -> list[str]:
+    return [algorithm.name for algorithm in samplers.ALGORITHMS if algorithm.inverse is inverse]
+
+
+def pictures(path: Path) -> None:
+    """A row for each sampler, a column for each number of steps."""
+    model = sdjax.load()
+    size, left, top = model.config.image_size, 170, 20
+    sheet = Image.new("RGB", (left + len(STEPS) * size, top + len(names()) * size), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, steps in enumerate(STEPS):
+        draw.text((left + column * size + size // 2, top // 2), f"{steps} steps", fill="black", anchor="mm")
+    for row, name in enumerate(names()):
+        draw.text((left - 8, top + row * size + size // 2), name, fill="black", anchor="rm")
+        for column, steps in enumerate(STEPS):
+            scale = CFG_PP_SCALE if name.endswith("cfg_pp") else SCALE
+            picture = sdjax.generate(
+                PROMPT, model=model, sampler=name, num_inference_steps=steps, guidance_scale=scale, seed=0
+            )[0]
+            sheet.paste(picture, (left + column * size, top + row * size))
+    sheet.save(path)
+
+
+def distances() -> dict[str, Any]:
+    """By sampler: calls of the model, and the distance to the solution with a 95 % interval."""
+    model = sdjax.load()
+    config = model.config
+    context = model.encode_text(model.tokenizer(list(PROMPTS)))
+    empty = jnp.broadcast_to(model.encode_text(model.tokenizer([""])), context.shape)
+    size = config.image_size // config.vae.factor
+    start = noise.normal(
+        noise.seed_words(range(len(PROMPTS))), noise.START, 0, (size, size, config.vae.latent_channels)
+    )
+
+    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+        unguided, guided = (model.unet(x, t, each) for each in (empty, context))
+        return unguided + SCALE * (guided - unguided)
+
+    run = jax.jit(lambda x, rows: samplers.sample(denoise, x, rows, noise=jnp.zeros((len(rows), *x.shape))))
+
+    def make(name: str, spacing: str, steps: int) -> tuple[int, np.ndarray]:
+        rows = model.sampler(name, spacing=spacing).rows(steps)
+        first = rows.start_noise if model.sampler(name).algorithm.scale == "ve" else np.float32(1)
+        return len(rows), np.asarray(run(first * start, rows.padded(samplers.bucket(len(rows)))))
+
+    _, solution = make("heun", "linspace", 500)
+    found: dict[str, Any] = {}
+    for name in names():
+        sampler = model.sampler(name)
+        rows = sampler.rows(10)
+        if rows.span.any() or sampler.reads_unguided or name in ("lcm", "tcd"):
+            continue  # with noise, or for other models
+        for spacing in ("karras", "trailing"):
+            if spacing not in dict(sampler.algorithm.spacings):
+                continue
+            for steps in CALLS:
+                calls, latents = make(name, spacing, steps)
+                error = np.sqrt(np.square(latents - solution).mean((1, 2, 3)) / np.square(solution).mean((1, 2, 3)))
+                spread = 1.96 * error.std(ddof=1) / np.sqrt(len(error))
+                point = {"steps": steps, "calls": calls, "distance": float(error.mean()), "interval": float(spread)}
+                found.setdefault(f"{name}, {spacing}", []).append(point)
+    return found
+
+
+def figure(found: dict[str, Any], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    plt.figure(figsize=(9, 6))
+    best = sorted(found, key=lambda name: min(p["distance"] for p in found[name] if p["calls"] <= 20))
+    for name in best[:14]:
+        points = [point for point in found[name] if point["calls"] <= 50]
+        plt.plot([p["calls"] for p in points], [p["distance"] for p in points], marker="o", markersize=3, label=name)
+    plt.xscale("log")
+    plt.yscale("log")
+    plt.xlabel("calls of the model")
+    plt.ylabel("distance to the ODE's solution")
+    plt.xticks([3, 5, 10, 20, 40], ["3", "5", "10", "20", "40"])
+    plt.legend(fontsize=7)
+    plt.tight_layout()
+    plt.savefig(path, dpi=110)
+
+
+def errors() -> str:
+    """A table in Markdown."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import pytest
+    from parity import test_samplers as cases
+
+    worst: dict[str, list[float]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for case in cases.CASES:
+            for kind in cases.runs(case):
+                worst.setdefault(f"`{case.id}` | {case.kind.__name__}", []).append(cases.compare(case, *kind, patch)[0])
+    lines = ["| sampler | diffusers 0.42.1 | runs | largest error at any step |", "|---|---|---|---|"]
+    lines += [f"| {name} | {len(found)} | {max(found):.1e} |" for name, found in worst.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=["pictures", "distances", "errors"])
+    what = parser.parse_args().what
+    RESULTS.mkdir(exist_ok=True)
+    if "pictures" in what:
+        pictures(RESULTS / "samplers.png")
+    if "distances" in what:
+        found = distances()
+        (RESULTS / "samplers.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        figure(found, RESULTS / "samplers_distances.png")
+    if "errors" in what:
+        (RESULTS / "samplers_errors.md").write_text(errors(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
