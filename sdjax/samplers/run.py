@@ -170,6 +170,8 @@ class Run:
         return 1.0 if self._scale == "vp" else 1.0 / level.alpha
 
     def _blend(self, index: int) -> tuple[float, float]:
+        if index == len(self.levels) - 1:
+            return 1.0, 0.0  # what is known is put back clean, also where the last level is not quite
         level = self.levels[index]
         return self._size(level) * level.alpha, self._size(level) * level.std
 

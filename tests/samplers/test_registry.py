@@ -58,8 +58,7 @@ def test_every_table(kind, option, steps, strength, offset):
     # Every step ends at a known noise level, the last at none.
     ends = np.append(np.diff(rows.step) > 0, True)
     assert np.array_equal(rows.blend.any(1), ends)
-    if sampler.final_sigma == "zero" and not inverse:
-        assert np.array_equal(rows.blend[-1], [1.0, 0.0])
+    assert np.array_equal(rows.blend[-1], [1.0, 0.0])
     # A noise that is drawn acts between two levels.
     noisy = rows.input[:, REGISTERS].astype(bool) | rows.update[:, :, REGISTERS].any(1)
     assert np.array_equal(noisy, rows.span[:, 0] > rows.span[:, 1])

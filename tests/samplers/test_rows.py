@@ -126,8 +126,7 @@ def test_start_and_blend_are_noise_levels(name, spacing, prediction, strength):
     assert np.array_equal(rows.time, times)
     np.testing.assert_allclose(rows.start, [alphas[0], sigmas[0] * alphas[0]], rtol=1e-14)
     after = np.stack([alphas, sigmas * alphas] if sampler.algorithm.scale == "vp" else [alphas / alphas, sigmas], 1)
-    share = 1.0 if sampler.final_sigma == "zero" else sampler.schedule.alphas_cumprod[0]
-    np.testing.assert_allclose(rows.blend, [*after[1:], np.sqrt([share, 1 - share])], rtol=1e-12)
+    np.testing.assert_allclose(rows.blend, [*after[1:], (1.0, 0.0)], rtol=1e-12)
     assert np.array_equal(rows.step, np.arange(20 - len(rows), 20))
 
 
