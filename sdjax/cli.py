@@ -109,7 +109,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         for difference in recipe.differences(old, model, generation.versions()):
             _say(difference)
     wanted = {} if old is None else {"rescale": old.rescale, **old.guidance}
-    for name in ("rescale", "interval", "threshold", "quantile", "perpendicular"):
+    for name in ("rescale", "interval", "threshold", "quantile", "perpendicular", "perturbed"):
         if (given := getattr(arguments, f"guidance_{name}")) is not None:
             wanted[name] = given
     settings |= {
@@ -175,6 +175,8 @@ def _settings(arguments: argparse.Namespace, old: Recipe | None) -> dict[str, An
             )
     if old is not None and old.latents_sha256 is not None:
         raise ValueError("--from: the picture was made from start noise that its recipe has not; use sdjax.generate")
+    if old is not None and old.regions_sha256 is not None:
+        raise ValueError("--from: the picture was made with regions that its recipe has not; use sdjax.generate")
     if arguments.mask_image is not None and arguments.image is None:
         raise ValueError("--mask-image: it concerns an --image, and there is none")
     interactive = sys.stderr.isatty() and not arguments.no_progress

@@ -84,6 +84,7 @@ def generate(
     padding_mask_crop: int | None = None,
     exact_steps: bool = False,
     brownian: bool = False,
+    regions: Sequence[PictureSource] | None = None,
 ) -> list[Image.Image] | np.ndarray:
     """Pictures of what the prompts say.
 
@@ -123,6 +124,7 @@ def generate(
       exact_steps: with a strength, num_inference_steps are run, the last of int(num_inference_steps / strength).
       brownian: the noises that the sampler adds are one Brownian motion per picture, so that a run of half as many
         steps follows the same path; else they are drawn independently, step by step.
+      regions: a mask for each of the prompts that AND joins, white where it counts; all are of one number.
 
     Returns:
       A list of PIL pictures, each with its recipe in `.info`; or an array, see `output_type`. After Ctrl-C, what
@@ -177,6 +179,8 @@ def generate(
     guide = _guide(options, rows, np.pad(scales, (0, len(rows) - len(scales))), steps, guided)
     if composed and options.interval is not None:
         raise ValueError("guidance.interval: outside of it one prompt is evaluated, and AND joins several")
+    if composed and options.perturbed is not None:
+        raise ValueError("guidance.perturbed: it is away from one prompt's output, and AND joins several")
 
     canvases, height, width = _canvases(
         config, listed["image"], listed["mask_image"], height, width, mask_blur, padding_mask_crop
@@ -191,7 +195,10 @@ def generate(
         conditioning = Conditioning(*(part[:-1] for part in conditioning))
     positive, negative, empty = (_per_picture(each, repeats, rows) for each in (conditioning, negative, empty))
     assert positive is not None
-    job = Job(config, model.dtype, height, width, guided, clip_skip, output_type != "latent", brownian)
+    decoded = output_type != "latent"
+    job = Job(config, model.dtype, height, width, guided, clip_skip, decoded, brownian, options.loss)
+    if regions is not None:
+        positive = positive._replace(composition=_regions(regions, positive.composition, job.latent_shape))
     each = functools.partial(arguments.one_per_picture, repeats=repeats)
     task = Task(
         prompts=each(prompts),
@@ -235,13 +242,10 @@ def generate(
         padding_mask_crop=padding_mask_crop,
         windows=conditioning.windows.shape[-1],
         versions=versions(mesh),
-        guidance={
-            name: value
-            for name, value in dataclasses.asdict(options).items()
-            if name != "rescale" and value is not None
-        },
+        guidance=_recorded(options),
         exact_steps=exact_steps,
         brownian=brownian,
+        regions_sha256=None if regions is None else _digest(positive.composition),
     )
 
     params = model.params if mesh is None else model.place(mesh).params
@@ -356,7 +360,35 @@ def _guide(
         within = (options.interval[0] <= share) & (share < options.interval[1])
     perpendicular = options.perpendicular if guided else None
     rescale = np.asarray(options.rescale, np.float32)
-    return Guide(scales, rescale, within, number(options.threshold), number(options.quantile), number(perpendicular))
+    return Guide(
+        scales,
+        rescale,
+        within,
+        number(options.threshold),
+        number(options.quantile),
+        number(perpendicular),
+        number(options.perturbed),
+        None if options.loss is None else number(options.loss_scale),
+    )
+
+
+def _recorded(options: guidance_functions.Options) -> dict[str, Any]:
+    """What a recipe holds of the options besides the rescale: those that are not as they are by default."""
+    defaults = guidance_functions.Options()
+    fields = [field.name for field in dataclasses.fields(options) if field.name != "rescale"]
+    return {name: getattr(options, name) for name in fields if getattr(options, name) != getattr(defaults, name)}
+
+
+def _regions(
+    sources: Sequence[PictureSource], composition: np.ndarray, latent_shape: tuple[int, int, int]
+) -> np.ndarray:
+    """The weights (B, P) of prompts under AND, each times its mask at the latents' size: (B, P, h, w, 1)."""
+    h, w, _ = latent_shape
+    if not 1 < len(sources) == composition.shape[1] or np.any(composition == 0):
+        raise ValueError(f"regions: got {len(sources)} masks; every prompt must join as many prompts by AND")
+    masks = [images.load_mask(source, name=f"regions[{i}]") for i, source in enumerate(sources)]
+    shares = [np.asarray(mask.resize((w, h), Image.Resampling.BOX), np.float32) / np.float32(255) for mask in masks]
+    return composition[:, :, None, None, None] * np.stack(shares)[None, :, :, :, None]
 
 
 def _per_picture(conditioning: Conditioning | None, repeats: int, rows: samplers.Rows) -> Conditioning | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,11 @@ class Options:
         off what is beyond (Saharia et al. 2022, section 2.3; they take 0.995). None cuts.
       perpendicular: with it the negative prompt pushes only across the direction of the prompt, with this weight
         (Armandpour et al. 2023, Perp-Neg), and guidance is away from the empty prompt. It costs a third evaluation.
+      perturbed: with it the output is also pushed away, by so much, from one whose middle self-attention was switched
+        off (Ahn et al. 2024, PAG; 3 is usual). It costs another evaluation, and works without a prompt too.
+      loss: pictures (B, H, W, 3) in about [-1, 1] -> (B,), differentiable by JAX: every step goes down its gradient
+        by the latents, through the decoder and the UNet (Bansal et al. 2023, forward universal guidance).
+      loss_scale: the predicted clean latents move by so much times that gradient.
 
     Raises:
       ValueError: a value out of its range.
@@ -39,6 +44,9 @@ class Options:
     threshold: float | None = None
     quantile: float | None = None
     perpendicular: float | None = None
+    perturbed: float | None = None
+    loss: Callable[[jax.Array], jax.Array] | None = None
+    loss_scale: float = 1.0
 
     def __post_init__(self) -> None:
         _check("rescale", self.rescale, 0, 1)
@@ -58,6 +66,11 @@ class Options:
                 raise ValueError("guidance.quantile: it says how to reach a threshold, and there is none")
         if self.perpendicular is not None:
             _check("perpendicular", self.perpendicular, 0, 1e3)
+        if self.perturbed is not None:
+            _check("perturbed", self.perturbed, 0, 1e3)
+        if not (self.loss is None or callable(self.loss)):
+            raise ValueError(f"guidance.loss: expected a function of pictures, got {self.loss!r}")
+        _check("loss_scale", self.loss_scale, -1e9, 1e9)
 
 
 def _check(name: str, value: Any, least: float, most: float) -> None:

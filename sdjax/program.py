@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jax import lax
 from sdjax import guidance, noise
 from sdjax.models.config import Config
 from sdjax.models.layers import apply
+from sdjax.models.perturbed import identity_attention
 from sdjax.models.text_encoder import TextEncoder
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
@@ -39,6 +40,7 @@ class Job:
     clip_skip: int = 0
     decode: bool = True  # False: the result is latents
     brownian: bool = False  # True: the rows' noises are one Brownian motion
+    loss: Callable[[jax.Array], jax.Array] | None = None  # `guidance.Options.loss`
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -68,6 +70,8 @@ class Guide(NamedTuple):
     threshold: Array | None = None  # () float32
     quantile: Array | None = None  # () float32
     perpendicular: Array | None = None  # () float32
+    perturbed: Array | None = None  # () float32
+    loss_scale: Array | None = None  # () float32, with a loss
 
 
 class Inputs(NamedTuple):
@@ -95,7 +99,7 @@ class Context(NamedTuple):
     states: jax.Array  # (B, P, V, 77 N, D)
     windows: Array  # (B, P, V, N) bool
     variants: Array  # (B, P, T) int32
-    composition: Array  # (B, P) float32
+    composition: Array  # (B, P) float32, or (B, P, h, w, 1) where prompts have regions
 
 
 class Conditions(NamedTuple):
@@ -194,8 +198,10 @@ def step(
     def evaluate(x: jax.Array, time: jax.Array, contexts: list[Context]) -> jax.Array:
         """(B, h, w, z) -> (B, K, h, w, z): the outputs for all the prompts of these contexts.
 
-        A picture's K evaluations are neighbours in the batch, so that over several devices it stays on its own.
+        A picture's K evaluations are neighbours in the batch, so that over several devices it stays on its own. With
+        perturbed attention one more comes last, of the last prompt.
         """
+        contexts = contexts if guide.perturbed is None else [*contexts, conditions.prompt]
         if conditions.extra is not None:
             x = jnp.concatenate([x, conditions.extra], -1)
         states, windows = (
@@ -206,32 +212,56 @@ def step(
         x = jnp.repeat(x, k, 0)
         times = jnp.broadcast_to(time, x.shape[:1])
         unet = UNet(job.config.unet, jnp.dtype(job.dtype))
-        output = apply(unet, params["unet"], x, times, states.reshape(b * k, *states.shape[2:]), key_mask)
+        states = states.reshape(b * k, *states.shape[2:])
+        if guide.perturbed is None:
+            output = apply(unet, params["unet"], x, times, states, key_mask)
+        else:
+            with identity_attention(jnp.arange(b * k) % k == k - 1):
+                output = apply(unet, params["unet"], x, times, states, key_mask)
         return output.astype(jnp.float32).reshape(b, k, *output.shape[1:])
 
     def unguided(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
-        output = evaluate(x, time, [conditions.prompt])[:, 0]
-        return output, output
+        outputs = evaluate(x, time, [conditions.prompt])
+        return away_from_perturbed(outputs, outputs[:, 0]), outputs[:, 0]
 
     def guided(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
         others = [context for context in (conditions.empty, conditions.negative) if context is not None]
         outputs = evaluate(x, time, [*others, conditions.prompt])
-        base, each = outputs[:, 0], outputs[:, len(others) :]
+        base, each = outputs[:, 0], outputs[:, len(others) :][:, : conditions.prompt.states.shape[1]]
         alone = each.shape[1] == 1
         conditional = each[:, 0] if alone else guidance.compose(each, base, conditions.prompt.composition)
         if guide.perpendicular is not None:
             conditional = guidance.across(conditional, base, outputs[:, 1], guide.perpendicular)
-        return guidance.guide(conditional, base, guide.scale, guide.rescale), base
+        guided = guidance.guide(conditional, base, guide.scale, guide.rescale)
+        return away_from_perturbed(outputs, guided), base
+
+    def away_from_perturbed(outputs: jax.Array, guided: jax.Array) -> jax.Array:
+        if guide.perturbed is None:
+            return guided
+        return guided + guide.perturbed * (outputs[:, -2] - outputs[:, -1])
+
+    def combined(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if not job.guided:
+            return unguided(x, time)
+        if guide.within is None:
+            return guided(x, time)
+        return lax.cond(guide.within, guided, unguided, x, time)
 
     def denoise(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if not job.guided:
-            m, u = unguided(x, time)
-        elif guide.within is None:
-            m, u = guided(x, time)
+        to_x0 = jnp.asarray(row.to_x0)
+
+        def lost(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            m, u = combined(x, time)
+            pictures = decode(job, params, to_x0[0] * x + to_x0[1] * m)
+            assert job.loss is not None
+            return job.loss(pictures).sum(), (m, u)
+
+        if job.loss is None:
+            m, u = combined(x, time)
         else:
-            m, u = lax.cond(guide.within, guided, unguided, x, time)
+            gradient, (m, u) = jax.grad(lost, has_aux=True)(x)
+            m = m - guide.loss_scale * gradient / to_x0[1]
         if guide.threshold is not None:
-            to_x0 = jnp.asarray(row.to_x0)
             x0 = guidance.limit(to_x0[0] * x + to_x0[1] * m, guide.threshold, guide.quantile)
             m = (x0 - to_x0[0] * x) / to_x0[1]
         return m, u
@@ -248,14 +278,19 @@ def step(
     return registers, x0
 
 
+def decode(job: Job, params: Params, latents: jax.Array) -> jax.Array:
+    """Scaled latents (B, h, w, z) -> (B, H, W, 3), about [-1, 1]."""
+    vae = VAE(job.config.vae, jnp.dtype(job.dtype))
+    return apply(vae, params["vae"], latents / job.config.vae.scaling_factor, method="decode")
+
+
 def finish(job: Job, params: Params, inputs: Inputs, registers: jax.Array) -> Result:
     """From the last registers to pixels, outside of the mask the original's; or to the latents themselves."""
     latents = registers[0]
     sound = jnp.isfinite(latents).all((1, 2, 3))
     if not job.decode:
         return Result(latents, sound, sound)
-    vae = VAE(job.config.vae, jnp.dtype(job.dtype))
-    images = apply(vae, params["vae"], latents / job.config.vae.scaling_factor, method="decode")
+    images = decode(job, params, latents)
     pixels = to_pixels(images)
     picture = inputs.picture
     if picture is not None and picture.mask is not None:

@@ -62,6 +62,7 @@ class Recipe:
       latents_sha256: of start noise that was given in place of the seed's; only who has it can make the picture again.
       guidance: `guidance.Options` besides the rescale, those that are not None.
       exact_steps, brownian: as `sdjax.generate` takes them.
+      regions_sha256: of the weights of prompts by region; only who has the masks can make the picture again.
     """
 
     prompt: str
@@ -93,6 +94,7 @@ class Recipe:
     guidance: dict[str, Any] = dataclasses.field(default_factory=dict)
     exact_steps: bool = False
     brownian: bool = False
+    regions_sha256: str | None = None
 
 
 def texts(recipe: Recipe) -> dict[str, str]:
@@ -276,6 +278,7 @@ _FIELDS: dict[str, Any] = {
     "guidance": _options,
     "exact_steps": _flag,
     "brownian": _flag,
+    "regions_sha256": _DIGEST,
 }
 
 

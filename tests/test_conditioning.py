@@ -1,11 +1,15 @@
 """What a prompt's language and guidance do to a run, against loops written by hand on the model's parts."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sdjax
 from sdjax import guidance, noise, program, prompts, samplers
+from sdjax.models.layers import apply
+from sdjax.models.perturbed import identity_attention
+from sdjax.models.unet import UNet
 
 SIZE = {"height": 24, "width": 32}
 STEPS, SCALE = 4, 5.0
@@ -47,6 +51,7 @@ def by_hand(tiny):
                     x = np.asarray(x_in, np.float32)
                     return np.asarray(tiny.unet(x, np.float32(call.time), context), np.float64)
 
+                output.x, output.time = np.asarray(x_in, np.float32), np.float32(call.time)
                 m = guide(output, call.step)
                 return m, m
 
@@ -166,6 +171,69 @@ def test_a_perpendicular_negative_prompt(make, by_hand):
 
     found = make("a cat", "a dog", guidance=guidance.Options(perpendicular=0.7))
     assert_close(found, by_hand(guide))
+
+
+def test_regions(make, by_hand):
+    """Each prompt counts where its mask is white; latents at the edge take the share of their pixels."""
+    left = np.zeros((24, 32), bool)
+    left[:, :17] = True  # half of a latent's two pixels
+    share = np.zeros((1, 12, 16, 1))
+    share[:, :, :8], share[:, :, 8] = 1.0, 0.5
+
+    def guide(output, step):
+        u = output("")
+        return u + SCALE * (1.5 * share * (output("a cat") - u) + (1 - share) * (output("a dog") - u))
+
+    assert_close(make("a cat:1.5 AND a dog", regions=[left, ~left]), by_hand(guide))
+    for prompt, regions in (("a cat AND a dog", [left]), ("a cat", [left, left]), ("a cat", [left])):
+        with pytest.raises(ValueError, match=r"regions: got [12] masks; every prompt must join as many prompts by AND"):
+            make(prompt, regions=regions)
+
+
+def test_guidance_by_a_loss(make, tiny):
+    """The last step of one: x0 minus the scaled gradient through decoder, guidance and UNet."""
+
+    def loss(pictures):
+        return jnp.square(pictures - 0.25).mean((1, 2, 3))
+
+    options = {"num_inference_steps": 1, "sampler": "ddim", "guidance_scale": SCALE}
+    found = make("a cat", guidance=guidance.Options(loss=loss, loss_scale=3.0), **options)
+    contexts = [tiny.encode_text(tiny.tokenizer([text])) for text in ("", "a cat")]
+    sampler = tiny.sampler("ddim")
+    rows = sampler.rows(1, dtype=np.float64)
+
+    def x0(x):
+        u, c = (tiny.unet(x, np.float32(rows.time[0]), context) for context in contexts)
+        m = u + SCALE * (c - u)
+        return float(rows.to_x0[0, 0]) * x + float(rows.to_x0[0, 1]) * m, m
+
+    gradient = jax.grad(lambda x: loss(tiny.decode_latents(x0(x)[0] / tiny.config.vae.scaling_factor)).sum())(START)
+    m = np.asarray(x0(START)[1]) - 3.0 * np.asarray(gradient) / rows.to_x0[0, 1]
+    expected = rows.update[0, 0, 0] * START + rows.update[0, 0, samplers.REGISTERS + 1] * m
+    assert np.abs(gradient).max() > 1e-4
+    assert_close(found, expected)
+
+
+def test_perturbed_attention(make, by_hand, tiny):
+    """By hand: the UNet alone, its middle self-attention replaced."""
+
+    def perturbed(context, x, time):
+        with identity_attention(np.ones(1, bool)):
+            return apply(UNet(tiny.config.unet), tiny.params["unet"], x, jnp.full(1, time), context, None)
+
+    compiled = jax.jit(perturbed)
+    context = tiny.encode_text(tiny.tokenizer(["a cat"]))
+
+    def guide(output, step):
+        u, c = output(""), output("a cat")
+        return u + SCALE * (c - u) + 2.0 * (c - np.asarray(compiled(context, output.x, output.time), np.float64))
+
+    options = guidance.Options(perturbed=2.0)
+    found = make("a cat", guidance=options)
+    assert_close(found, by_hand(guide))
+    assert np.abs(found - make("a cat")).max() > 1e-3
+    with pytest.raises(ValueError, match=r"guidance\.perturbed: it is away from one prompt's output, and AND joins"):
+        make("a cat AND a dog", guidance=options)
 
 
 def test_brownian_noise(make, by_hand):

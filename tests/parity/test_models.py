@@ -16,6 +16,7 @@ import transformers
 from sdjax import checkpoints, pipeline
 from sdjax.checkpoints import names, native, weights
 from sdjax.models.config import SD1, SD1_INPAINTING, TINY
+from sdjax.models.perturbed import identity_attention
 from sdjax.models.text_encoder import TextEncoder
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
@@ -99,6 +100,30 @@ def tiny(tmp_path_factory):
     config, params = checkpoints.load(path, pipeline.shapes)
     assert config == TINY
     return parts, params
+
+
+def test_perturbed_attention(tiny):
+    """Against diffusers' own processor, which switches the attention off for the second half of a batch."""
+    parts, params = tiny
+    theirs = parts["unet"]
+    before = theirs.attn_processors
+    rng = np.random.default_rng(3)
+    x, context = rng.normal(size=(4, 8, 8, 4)).astype(np.float32), rng.normal(size=(4, 77, 40)).astype(np.float32)
+    middle = {name for name in before if name.startswith("mid_block") and "attn1" in name}
+    assert len(middle) == 1
+    identity = diffusers.models.attention_processor.PAGIdentitySelfAttnProcessor2_0()
+    theirs.set_attn_processor({name: identity if name in middle else before[name] for name in before})
+    try:
+        with torch.no_grad():
+            expected = theirs(torch.from_numpy(np.moveaxis(x, -1, 1)), 100, torch.from_numpy(context)).sample.numpy()
+    finally:
+        theirs.set_attn_processor(before)
+
+    def ours(x, context):
+        with identity_attention(np.arange(4) >= 2):
+            return UNet(TINY.unet).apply({"params": params["unet"]}, x, np.full(4, 100, np.float32), context)
+
+    assert relative_error(jax.jit(ours)(x, context), np.moveaxis(expected, 1, -1)) < TOLERANCE
 
 
 def check_text_encoder(theirs, params, config, clip_skip, batch=2):
