@@ -11,7 +11,8 @@ no picking. Two judges look at every picture:
 * the small CLIP that was trained for the text encoder, zero-shot: of the captions of all concepts, styles and
   backgrounds, the one whose features are most like the picture's.
 
-Also measured is the autoencoder: PSNR of the means' reconstructions of held-out composites, in decibels.
+Also measured are the second judge's verdicts on the real pictures and on their reconstructions, which it can hardly be
+expected to exceed, and the autoencoder: PSNR of the means' reconstructions of held-out composites, in decibels.
 """
 
 from __future__ import annotations
@@ -74,12 +75,16 @@ def autoencoder_psnr(model: sdjax.StableDiffusion, dataset: data.Dataset, held_o
     """One figure per picture, for the first 256 held-out combinations in a fixed random order."""
     chosen = held_out[np.random.default_rng(0).permutation(len(held_out))[:256]]
     pictures = data.render(dataset, chosen)
+    return psnr(reconstructed(model, pictures), pictures)
+
+
+def reconstructed(model: sdjax.StableDiffusion, pictures: np.ndarray) -> np.ndarray:
+    """Pictures (B, H, W, 3) uint8 through the autoencoder, by the means of their latents."""
     decoded = []
-    for part in _batches(pictures, 32):
+    for part in _batches(pictures, 40):
         mean, _ = model.encode_image(part / np.float32(127.5) - 1)
         decoded.append(np.asarray(model.decode_latents(mean)))
-    again = np.clip(np.rint(np.concatenate(decoded) * 127.5 + 127.5), 0, 255).astype(np.uint8)
-    return psnr(again, pictures)
+    return np.clip(np.rint(np.concatenate(decoded) * 127.5 + 127.5), 0, 255).astype(np.uint8)
 
 
 def _batches(array: np.ndarray, size: int) -> list[np.ndarray]:
@@ -148,6 +153,11 @@ def main() -> None:
         report[judge]["wrong_concepts"] = [
             f"{prompts[i]['prompt']}: {names[verdict[i, 0]]}" for i in np.flatnonzero(~right[:, 0])
         ]
+    # What the second judge can be expected to say of pictures without fault.
+    real = data.render(dataset, asked)
+    for kind, shown in (("real_pictures", real), ("reconstructions", reconstructed(model, real))):
+        shares = [round(100 * float(x), 1) for x in (by_clip(shown, dataset, model, arguments.judge) == asked).mean(0)]
+        report[f"clip_on_{kind}"] = dict(zip(("concept", "style", "background"), shares, strict=True))
     psnr = autoencoder_psnr(model, dataset, held_out)
     report["autoencoder_psnr"] = {"mean": round(float(psnr.mean()), 2), "least": round(float(psnr.min()), 2)}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

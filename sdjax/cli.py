@@ -175,8 +175,10 @@ def _settings(arguments: argparse.Namespace, old: Recipe | None) -> dict[str, An
             )
     if old is not None and old.latents_sha256 is not None:
         raise ValueError("--from: the picture was made from start noise that its recipe has not; use sdjax.generate")
-    if old is not None and old.regions_sha256 is not None:
-        raise ValueError("--from: the picture was made with regions that its recipe has not; use sdjax.generate")
+    if arguments.regions:
+        settings["regions"] = [images.load_mask(path, name="--regions") for path in arguments.regions]
+    elif old is not None and old.regions_sha256 is not None:
+        raise ValueError("--regions: the picture was made with masks that its recipe has not; give them again")
     if arguments.mask_image is not None and arguments.image is None:
         raise ValueError("--mask-image: it concerns an --image, and there is none")
     interactive = sys.stderr.isatty() and not arguments.no_progress

@@ -141,6 +141,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--guidance-perpendicular", type=_number(float, 0), metavar="X", help=across)
     away = "push away from the picture without the middle self-attention, by X (PAG; 3 is usual)"
     add("--guidance-perturbed", type=_number(float, 0), metavar="X", help=away)
+    part = "a mask for one of the prompts that AND joins, white where it counts; give one for each, in their order"
+    add("--regions", metavar="FILE", action="append", help=part)
     add("--sampler", metavar="NAME", help="by our, diffusers' or A1111's name (default: ddpm)")
     add("--spacing", metavar="NAME", help="of the sampler's steps, such as karras (default: the sampler's)")
     option: dict[str, Any] = {"type": _option, "action": "append", "default": [], "metavar": "NAME=VALUE"}

@@ -88,7 +88,10 @@ class Sampler:
         """Runs the algorithm itself, on whatever the machine computes with, from latents x in the model's scale."""
         total, first = self._steps(num_inference_steps, strength, exact_steps)
         times, sigmas = self.points(self.schedule, total, self.steps_offset)
-        end = CLEAN if self.final_sigma == "zero" else Level(0.0, float(self.schedule.sigmas[0]))
+        lowest = float(sigmas[-1])
+        if lowest > self.schedule.sigmas[0] * (1 + 1e-9):  # else they are one level, up to rounding
+            lowest = float(self.schedule.sigmas[0])
+        end = CLEAN if self.final_sigma == "zero" else Level(0.0, lowest)
         levels = (*(Level(float(t), float(sigma)) for t, sigma in zip(times, sigmas, strict=True)), end)
         if self.algorithm.inverse:
             levels, first = levels[first:][::-1], 0
