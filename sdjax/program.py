@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,8 +106,7 @@ class Conditions(NamedTuple):
     """What stays the same through the loop."""
 
     prompt: Context
-    negative: Context | None
-    empty: Context | None
+    away: list[Context]  # what guidance leads away from: the unguided one first, then a perpendicular one
     path: jax.Array | None  # (T, B, h, w, z), the rows' noises where they are one Brownian motion
     extra: jax.Array | None  # (B, h, w, z + 1): mask and masked picture, for the 9-channel UNet
     clean: jax.Array | None  # (B, h, w, z): the picture's latents, scaled
@@ -125,16 +124,25 @@ class Result(NamedTuple):
     finite_pixels: jax.Array  # (B,) bool
 
 
-def encode_prompts(job: Job, params: Params, conditioning: Conditioning) -> Context:
-    """Every window through the text encoder, its words weighted; then side by side."""
-    *lead, n, length = conditioning.token_ids.shape
-    encoder = TextEncoder(job.config.text_encoder, jnp.dtype(job.dtype))
-    token_ids = conditioning.token_ids.reshape(-1, length)
-    states = apply(encoder, params["text_encoder"], token_ids, job.clip_skip)
-    states = emphasize(states, conditioning.weights.reshape(-1, length))
-    return Context(
-        states.reshape(*lead, n * length, -1), conditioning.windows, conditioning.variants, conditioning.composition
+def encode_prompts(job: Job, params: Params, conditionings: Sequence[Conditioning]) -> list[Context]:
+    """Every window of all of them through one text encoder, its words weighted; then side by side.
+
+    A picture's windows are neighbours in the encoder's batch, so that over several devices it stays on its own.
+    """
+    b, *_, length = conditionings[0].token_ids.shape
+    token_ids, weights = (
+        jnp.concatenate([part.reshape(b, -1, length) for part in parts], 1).reshape(-1, length)
+        for parts in zip(*[(each.token_ids, each.weights) for each in conditionings], strict=True)
     )
+    encoder = TextEncoder(job.config.text_encoder, jnp.dtype(job.dtype))
+    states = emphasize(apply(encoder, params["text_encoder"], token_ids, job.clip_skip), weights)
+    states = states.reshape(b, -1, *states.shape[1:])
+    contexts, first = [], 0
+    for each in conditionings:
+        _, p, v, n, _ = each.token_ids.shape
+        own, first = states[:, first : first + p * v * n], first + p * v * n
+        contexts.append(Context(own.reshape(b, p, v, n * length, -1), each.windows, each.variants, each.composition))
+    return contexts
 
 
 def at_row(context: Context, number: Array) -> tuple[jax.Array, jax.Array]:
@@ -158,9 +166,8 @@ def start(job: Job, params: Params, inputs: Inputs) -> tuple[jax.Array, Conditio
     config = job.config
     shape = job.latent_shape
 
-    prompt = encode_prompts(job, params, inputs.prompt)
-    negative = None if inputs.negative is None else encode_prompts(job, params, inputs.negative)
-    empty = None if inputs.empty is None else encode_prompts(job, params, inputs.empty)
+    others = [each for each in (inputs.empty, inputs.negative) if each is not None]
+    prompt, *away = encode_prompts(job, params, [inputs.prompt, *others])
     path = noise.brownian(inputs.seeds, inputs.rows.span, shape) if job.brownian else None
 
     start_noise = inputs.start_noise
@@ -184,7 +191,7 @@ def start(job: Job, params: Params, inputs: Inputs) -> tuple[jax.Array, Conditio
     x = inputs.rows.start[1] * start_noise
     if clean is not None:
         x = x + inputs.rows.start[0] * clean
-    conditions = Conditions(prompt, negative, empty, path, extra, clean, start_noise, repaint)
+    conditions = Conditions(prompt, away, path, extra, clean, start_noise, repaint)
     return sampler_rows.initial_registers(x), conditions
 
 
@@ -225,9 +232,8 @@ def step(
         return away_from_perturbed(outputs, outputs[:, 0]), outputs[:, 0]
 
     def guided(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
-        others = [context for context in (conditions.empty, conditions.negative) if context is not None]
-        outputs = evaluate(x, time, [*others, conditions.prompt])
-        base, each = outputs[:, 0], outputs[:, len(others) :][:, : conditions.prompt.states.shape[1]]
+        outputs = evaluate(x, time, [*conditions.away, conditions.prompt])
+        base, each = outputs[:, 0], outputs[:, len(conditions.away) :][:, : conditions.prompt.states.shape[1]]
         alone = each.shape[1] == 1
         conditional = each[:, 0] if alone else guidance.compose(each, base, conditions.prompt.composition)
         if guide.perpendicular is not None:
