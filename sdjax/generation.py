@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from sdjax import arguments, compilation_cache, images, noise, pipeline, program, samplers
 from sdjax import guidance as guidance_functions
-from sdjax.models.config import Config
+from sdjax.canvas import Canvas, PictureSource, read_canvases
 from sdjax.pipeline import StableDiffusion
 from sdjax.program import Guide, Inputs, Job, Picture, Result
 from sdjax.prompts import Conditioning, encode, split_and
@@ -30,18 +29,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH = 8  # pictures at once, where nobody says
 
-PictureSource = Any  # a path, a PIL picture or an array
 Callback = Callable[[int, int, jax.Array], "bool | None"]
-
-
-class Canvas(NamedTuple):
-    """One picture to start from, as the program takes it, and how what comes back is put into the original."""
-
-    pixels: np.ndarray  # (H, W, 3) uint8
-    mask: np.ndarray | None  # (H, W, 1) float32, 1 = repaint
-    original: Image.Image | None = None  # with `padding_mask_crop`: the whole picture, its mask, the part worked on
-    whole_mask: Image.Image | None = None
-    region: images.Box | None = None
 
 
 class Task(NamedTuple):
@@ -182,7 +170,7 @@ def generate(
     if composed and options.perturbed is not None:
         raise ValueError("guidance.perturbed: it is away from one prompt's output, and AND joins several")
 
-    canvases, height, width = _canvases(
+    canvases, height, width = read_canvases(
         config, listed["image"], listed["mask_image"], height, width, mask_blur, padding_mask_crop
     )
     if padding_mask_crop is not None and output_type != "pil":
@@ -191,10 +179,9 @@ def generate(
     conditioning, negative = encode(model.tokenizer, shown, negatives if guided else None, steps)
     empty = None
     if guide.perpendicular is not None:
-        empty = Conditioning(*(np.repeat(part[-1:, :1], len(prompts), 0) for part in conditioning))
-        conditioning = Conditioning(*(part[:-1] for part in conditioning))
-    positive, negative, empty = (_per_picture(each, repeats, rows) for each in (conditioning, negative, empty))
-    assert positive is not None
+        empty = jax.tree.map(lambda part: np.repeat(part[-1:, :1], len(prompts), 0), conditioning)
+        conditioning = jax.tree.map(lambda part: part[:-1], conditioning)
+    positive = _per_picture(conditioning, repeats, rows)
     decoded = output_type != "latent"
     job = Job(config, model.dtype, height, width, guided, clip_skip, decoded, brownian, options.loss)
     if regions is not None:
@@ -205,8 +192,8 @@ def generate(
         negatives=each(negatives),
         seeds=seeds,
         prompt=positive,
-        negative=negative,
-        empty=empty,
+        negative=None if negative is None else _per_picture(negative, repeats, rows),
+        empty=None if empty is None else _per_picture(empty, repeats, rows),
         canvases=None if canvases is None else each(canvases),
         latents=arguments.start_noise(latents, (count, *job.latent_shape)),
     )
@@ -289,63 +276,6 @@ def _default_model() -> StableDiffusion:
     return pipeline.load()
 
 
-def _canvases(
-    config: Config,
-    sources: list[PictureSource] | None,
-    mask_sources: list[PictureSource] | None,
-    height: int | None,
-    width: int | None,
-    mask_blur: float,
-    padding: int | None,
-) -> tuple[list[Canvas] | None, int, int]:
-    """The pictures to start from at the size to work at, and that size."""
-    if not (isinstance(mask_blur, (int, float)) and 0 <= mask_blur < math.inf):
-        raise ValueError(f"mask_blur: expected a radius in pixels, 0 or more, got {mask_blur!r}")
-    if padding is not None:
-        arguments.whole("padding_mask_crop", padding, 0)
-    if mask_sources is None and (mask_blur or padding is not None):
-        raise ValueError("mask_blur, padding_mask_crop: they concern a mask_image, and there is none")
-    if sources is None:
-        return None, *arguments.size(config, height, width, None)
-    # A picture given once for many prompts is read once.
-    load_image = _once(lambda i, source: images.load_image(source, name=f"image[{i}]"))
-    pictures = [load_image(i, source) for i, source in enumerate(sources)]
-    height, width = arguments.size(config, height, width, pictures[0] if padding is None else None)
-    if mask_sources is None:
-        return [Canvas(np.asarray(images.resize(p, width, height)), None) for p in pictures], height, width
-
-    load_mask = _once(lambda i, source: images.load_mask(source, name=f"mask_image[{i}]"))
-    canvases = []
-    for i, (picture, source) in enumerate(zip(pictures, mask_sources, strict=True)):
-        mask = load_mask(i, source)
-        if padding is None:
-            mask = images.blur_mask(images.resize_mask(mask, width, height), mask_blur)
-            canvases.append(_canvas(images.resize(picture, width, height), mask))
-        else:
-            mask = images.blur_mask(images.resize_mask(mask, *picture.size), mask_blur)
-            region = images.crop_region(mask, padding, width, height)
-            part = images.resize(picture.crop(region), width, height)
-            part_mask = images.resize(mask.crop(region), width, height)
-            canvases.append(_canvas(part, part_mask)._replace(original=picture, whole_mask=mask, region=region))
-    return canvases, height, width
-
-
-def _canvas(picture: Image.Image, mask: Image.Image) -> Canvas:
-    return Canvas(np.asarray(picture), np.asarray(mask, np.float32)[..., None] / np.float32(255))
-
-
-def _once(load: Callable[[int, PictureSource], Image.Image]) -> Callable[[int, PictureSource], Image.Image]:
-    """The same loader, which reads one object that comes several times only the first time."""
-    seen: dict[int, Image.Image] = {}
-
-    def cached(i: int, source: PictureSource) -> Image.Image:
-        if id(source) not in seen:
-            seen[id(source)] = load(i, source)
-        return seen[id(source)]
-
-    return cached
-
-
 def _guide(
     options: guidance_functions.Options, rows: samplers.Rows, scales: np.ndarray, steps: int, guided: bool
 ) -> Guide:
@@ -391,29 +321,25 @@ def _regions(
     return composition[:, :, None, None, None] * np.stack(shares)[None, :, :, :, None]
 
 
-def _per_picture(conditioning: Conditioning | None, repeats: int, rows: samplers.Rows) -> Conditioning | None:
+def _per_picture(conditioning: Conditioning, repeats: int, rows: samplers.Rows) -> Conditioning:
     """Each prompt for as many pictures; its steps as rows of the sampler."""
-    if conditioning is None:
-        return None
     by_row = conditioning._replace(variants=conditioning.variants[..., np.asarray(rows.step)])
-    return Conditioning(*(np.repeat(part, repeats, 0) for part in by_row))
+    return jax.tree.map(lambda part: np.repeat(part, repeats, 0), by_row)
 
 
 def _inputs(task: Task, chosen: np.ndarray, rows: samplers.Rows, guide: Guide) -> Inputs:
     """The program's arguments for the pictures of these numbers."""
-
-    def of(conditioning: Conditioning | None) -> Conditioning | None:
-        return None if conditioning is None else Conditioning(*(part[chosen] for part in conditioning))
-
+    prompts = (task.prompt, task.negative, task.empty)
+    prompt, negative, empty = jax.tree.map(lambda part: part[chosen], prompts)
     picture = None
     if task.canvases is not None:
         parts = [task.canvases[i] for i in chosen]
         masks = [part.mask for part in parts if part.mask is not None]
         picture = Picture(np.stack([part.pixels for part in parts]), np.stack(masks) if masks else None)
     return Inputs(
-        prompt=Conditioning(*(part[chosen] for part in task.prompt)),
-        negative=of(task.negative),
-        empty=of(task.empty),
+        prompt=prompt,
+        negative=negative,
+        empty=empty,
         seeds=noise.seed_words([task.seeds[i] for i in chosen]),
         rows=rows,
         guide=guide,

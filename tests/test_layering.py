@@ -14,14 +14,15 @@ MAY = {
     "prompts": {"tokenizer"},
     "recipe": {"images"},
     "arguments": {"models.config", "tokenizer"},
+    "canvas": {"arguments", "images", "models.config"},
     "program": {"models", "samplers", "guidance", "noise", "prompts"},
     "pipeline": {"models", "checkpoints", "tokenizer", "schedule", "samplers"},
     "generation": {
-        "arguments", "compilation_cache", "guidance", "images", "models.config", "noise", "pipeline", "program",
+        "arguments", "canvas", "compilation_cache", "guidance", "images", "noise", "pipeline", "program",
         "prompts", "recipe", "samplers",
     },
     "training": {"models", "ops", "schedule", "samplers", "guidance", "noise", "images", "tokenizer", "checkpoints"},
-    "cli": {*LOW, "checkpoints", "generation", "pipeline", "recipe", "samplers"},
+    "cli": {*LOW, "prompts", "checkpoints", "generation", "pipeline", "recipe", "samplers"},
     "__init__": {"checkpoints", "generation", "guidance", "pipeline", "prompts", "samplers", "schedule", "spacings"},
 }  # fmt: skip
 
