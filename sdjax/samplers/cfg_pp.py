@@ -40,7 +40,7 @@ def euler_ancestral_cfg_pp(run: Run, x: Value, *, eta: float = 1.0, s_noise: flo
         output = run.model(x, now)
         d = (x - output.unguided_x0) / now.sigma
         x = output.x0 + down * d
-        x = run.end_step(x + up * run.noise(now, after) if up else x)
+        x = run.end_step(run.noised(x, up, now, after))
     return x
 
 

@@ -24,9 +24,7 @@ def ddim(run: Run, x: Value, *, eta: float = 0.0, set_alpha_to_one: bool = False
         std = eta * math.sqrt((1 - alpha_bar) / (1 - current) * (1 - current / alpha_bar))
         output = run.model(x, now)
         x = math.sqrt(alpha_bar) * output.x0 + math.sqrt(1 - alpha_bar - std**2) * output.epsilon
-        if std > 0:
-            x = x + std * run.noise(now, after)
-        x = run.end_step(x)
+        x = run.end_step(run.noised(x, std, now, after))
     return x
 
 

@@ -24,7 +24,7 @@ def dpm2_ancestral(run: Run, x: Value, *, eta: float = 1.0, s_noise: float = 1.0
     for now, after in run.steps():
         down, up = ancestral(now, after, eta, s_noise)
         x = _midpoint(run, x, now, down)
-        x = run.end_step(x + up * run.noise(now, after) if up else x)
+        x = run.end_step(run.noised(x, up, now, after))
     return x
 
 

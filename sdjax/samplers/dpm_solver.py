@@ -120,9 +120,7 @@ def _multistep(
             count = min(count, run.remaining)
         integral = exact(now, after)
         x = integral.keep * x + _through(past[:count], now, after, integral, solver_type)
-        if integral.noise:
-            x = x + integral.noise * run.noise(now, after)
-        x = run.end_step(x)
+        x = run.end_step(run.noised(x, integral.noise, now, after))
     return x
 
 

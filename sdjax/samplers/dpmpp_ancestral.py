@@ -22,7 +22,7 @@ def dpmpp_2s_ancestral(run: Run, x: Value, *, eta: float = 1.0, s_noise: float =
             middle = run.level(math.sqrt(now.sigma * down))
             denoised = run.model(_toward(x, denoised, now.sigma, middle.sigma), middle).x0
         x = _toward(x, denoised, now.sigma, down)
-        x = run.end_step(x + up * run.noise(now, after) if up else x)
+        x = run.end_step(run.noised(x, up, now, after))
     return x
 
 

@@ -37,9 +37,7 @@ def er_sde(run: Run, x: Value, *, order: int = 3, s_noise: float = 1.0) -> Value
             before = (past[1][1] - past[2][1]) / (past[1][0] - past[2][0])
             x = x + second * ((slope - before) / (0.5 * (past[0][0] - past[2][0])))
         variance = after.sigma**2 - (now.sigma * ratio) ** 2
-        if s_noise and variance > 0:
-            x = x + s_noise * math.sqrt(variance) * run.noise(now, after)
-        x = run.end_step(x)
+        x = run.end_step(run.noised(x, s_noise * math.sqrt(max(variance, 0.0)), now, after))
     return x
 
 

@@ -28,8 +28,7 @@ def euler_ancestral(run: Run, x: Value, *, eta: float = 1.0, s_noise: float = 1.
         down, up = ancestral(now, after, eta, s_noise)
         denoised = run.model(x, now).x0
         d = (x - denoised) / now.sigma
-        x = x + (down - now.sigma) * d
-        x = run.end_step(x + up * run.noise(now, after) if up else x)
+        x = run.end_step(run.noised(x + (down - now.sigma) * d, up, now, after))
     return x
 
 

@@ -21,7 +21,5 @@ def res_multistep(run: Run, x: Value, *, eta: float = 0.0, s_noise: float = 1.0)
         past = [(now, run.model(x, now).x0), *past[:1]]
         integral = of_data(now, to)
         x = integral.keep * x + interpolated(past if to.sigma > 0 else past[:1], now, to, integral.moments)
-        if up:
-            x = after.alpha * (1 / to.alpha * x + up * run.noise(now, after))
-        x = run.end_step(x)
+        x = run.end_step(run.noised(after.alpha / to.alpha * x, after.alpha * up, now, after))
     return x

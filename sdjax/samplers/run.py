@@ -155,6 +155,10 @@ class Run:
         self._drawn = row
         return self._machine.normal(row, (before.sigma, after.sigma))
 
+    def noised(self, x: Value, std: float, before: Level, after: Level) -> Value:
+        """x and so much of a fresh standard normal, see `noise`; where it is none, nothing is drawn."""
+        return x + std * self.noise(before, after) if std else x
+
     def end_step(self, x: Value) -> Value:
         """Declares x the latents at the end of the step, and returns them as the next step must use them."""
         if self._ended:
