@@ -219,9 +219,10 @@ def _in_chunks(prompts: list[str], seeds: list[int], size: int, settings: dict[s
 def _again(old: Recipe, prompt: str, seed: int, model: StableDiffusion, settings: dict[str, Any]) -> Image.Image:
     """The picture in the same compiled program and at the same place as then: to the bit it depends on those too."""
     from sdjax import generation
+    from sdjax.prompts import encode
 
     prompts = [prompt] * old.batch
-    if model.tokenizer.windows_needed(prompt) <= old.windows // 2:
+    if encode(model.tokenizer, [prompt], None, old.num_inference_steps)[0].windows.shape[-1] < old.windows:
         # A longer text beside it had the program compiled for more windows: so it needs one again.
         long = " ".join(["a"] * (75 * (old.windows - 1) + 1))
         prompts = [*prompts, long] if old.batch == 1 else [long if i != old.index else prompt for i in range(old.batch)]

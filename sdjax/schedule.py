@@ -173,7 +173,13 @@ def remove_noise(
       ValueError: an unknown prediction type, or "epsilon" at zero terminal SNR.
     """
     schedule.check_prediction(prediction)
-    alpha, std = _at(schedule, timesteps, x.ndim)
+    return separate(prediction, x, output, *_at(schedule, timesteps, x.ndim))
+
+
+def separate(
+    prediction: str, x: jax.Array, output: jax.Array, alpha: jax.Array, std: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """x0 and noise in x = alpha x0 + std noise, by what a model of this prediction type returns for x."""
     if prediction == "epsilon":
         return (x - std * output) / alpha, output
     if prediction == "sample":

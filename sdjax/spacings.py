@@ -200,9 +200,7 @@ class Timesteps:
     timesteps: Sequence[int]
 
     def __post_init__(self) -> None:
-        timesteps = tuple(np.atleast_1d(self.timesteps).tolist())
-        if not timesteps or not all(isinstance(t, Integral) and not isinstance(t, bool) for t in timesteps):
-            raise ValueError(f"timesteps: expected one or more whole numbers, got {self.timesteps!r}")
+        timesteps = _listed("timesteps", self.timesteps, Integral, "whole numbers")
         _check_descending("timesteps", timesteps)
         object.__setattr__(self, "timesteps", timesteps)
 
@@ -225,9 +223,7 @@ class Sigmas:
     sigmas: Sequence[float]
 
     def __post_init__(self) -> None:
-        sigmas = tuple(np.atleast_1d(self.sigmas).tolist())
-        if not sigmas or not all(isinstance(s, Real) and not isinstance(s, bool) for s in sigmas):
-            raise ValueError(f"sigmas: expected one or more numbers, got {self.sigmas!r}")
+        sigmas = _listed("sigmas", self.sigmas, Real, "numbers")
         if sigmas[-1] == 0:
             raise ValueError("sigmas: the last one is 0; leave it out, the sampler appends it")
         _check_descending("sigmas", sigmas)
@@ -314,6 +310,13 @@ def _with_times(name: str, schedule: Schedule, sigmas: np.ndarray) -> Points:
     _check_descending(name, sigmas)
     _check_range(name, sigmas, 0.99 * schedule.sigmas[0], 1.01 * schedule.sigmas[-1])
     return schedule.time_of(sigmas), sigmas
+
+
+def _listed(name: str, points: Any, kind: type, expected: str) -> tuple[Any, ...]:
+    listed = tuple(np.atleast_1d(points).tolist())
+    if not listed or not all(isinstance(point, kind) and not isinstance(point, bool) for point in listed):
+        raise ValueError(f"{name}: expected one or more {expected}, got {points!r}")
+    return listed
 
 
 def _check_positive(name: str, value: Any) -> None:

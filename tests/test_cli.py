@@ -17,6 +17,7 @@ from PIL import Image
 import sdjax
 from sdjax import checkpoints, cli, generation, images, options, outputs, pipeline, recipe, samplers
 from sdjax.models.config import TINY
+from sdjax.tokenizer import Tokenizer
 
 VERSIONS = {"sdjax": sdjax.__version__, "jax": "0.10.2", "jaxlib": "0.10.2", "platform": "cpu", "device": "cpu"}
 PLAIN = recipe.Recipe(
@@ -67,7 +68,7 @@ def made(monkeypatch):
             fingerprint=PLAIN.model_sha256,
             config=TINY,
             sampler=samplers.create,
-            tokenizer=SimpleNamespace(windows_needed=lambda text: 1 + len(text.split()) // 76),
+            tokenizer=Tokenizer(),
         )
 
     def generate(prompt, negative_prompt="", *, seed, **given):

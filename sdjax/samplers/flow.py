@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sdjax.schedule import Schedule
+from sdjax.schedule import Schedule, separate
 
 Model = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -109,7 +110,7 @@ def _ends(schedule: Schedule, start: float | None, stop: float | None) -> tuple[
 def _slope(model: Model, schedule: Schedule, prediction: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """dx / ds of latents x0 + sigma·noise, s = log sigma."""
     schedule.check_prediction(prediction)
-    log_sigmas = jnp.asarray(jnp.log(schedule.sigmas.astype("float32")))
+    log_sigmas = jnp.log(jnp.asarray(schedule.sigmas, jnp.float32))
     times = jnp.arange(schedule.num_train_timesteps, dtype=jnp.float32)
 
     def slope(s: jax.Array, x: jax.Array) -> jax.Array:
@@ -118,19 +119,16 @@ def _slope(model: Model, schedule: Schedule, prediction: str) -> Callable[[jax.A
         alpha = jax.lax.rsqrt(1.0 + sigma * sigma)
         x_in = alpha * x
         output = model(x_in, jnp.broadcast_to(jnp.interp(s, log_sigmas, times), x.shape[:1])).astype(jnp.float32)
-        if prediction == "epsilon":
-            epsilon = output
-        elif prediction == "v":
-            epsilon = alpha * output + sigma * alpha * x_in
-        else:
-            epsilon = (x - output) / sigma
-        return sigma * epsilon
+        return sigma * separate(prediction, x_in, output, alpha, sigma * alpha)[1]
 
     return slope
 
 
-def _integrate(slope, state, start: float, stop: float, tolerance: float, max_steps: int):  # type: ignore[no-untyped-def]
-    import diffrax
+def _integrate(
+    slope: Callable[[Any, Any], Any], state: Any, start: float, stop: float, tolerance: float, max_steps: int
+) -> Any:
+    """The state, an array or several, carried from one sigma to another."""
+    import diffrax  # optional, and a second of imports that only this needs
 
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda s, y, _: slope(s, y)),
