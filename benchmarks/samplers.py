@@ -1,6 +1,6 @@
-"""Which sampler to use: `python benchmarks/samplers.py pictures distances errors`
+"""Which sampler to use: `python benchmarks/samplers.py pictures distances errors costs`
 
-Three results, in benchmarks/results:
+Four results, in benchmarks/results:
 
   pictures   samplers.png: every sampler at 5, 10, 20 and 50 steps, one prompt and seed, the model that ships
   distances  samplers.json and samplers_distances.png: how far samplers without noise are from the ODE's solution
@@ -8,13 +8,20 @@ Three results, in benchmarks/results:
              over the solution's, averaged over prompts and seeds; needs `pip install -e ".[bench]"`
   errors     samplers_errors.md: the largest error of every sampler against diffusers' schedulers, over the runs of
              tests/parity/test_samplers.py; needs `pip install -e ".[test]"`
+  costs      samplers_costs.json: what a table of 50 steps costs on the host, in milliseconds, and what a row costs
+             beside the call of the model in it, for one picture of the model that ships
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import statistics
 import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +145,48 @@ def errors() -> str:
     return "\n".join(lines) + "\n"
 
 
+def costs() -> dict[str, Any]:
+    """Medians over repetitions, all in one process."""
+
+    def median(call: Callable[[], Any], repeats: int) -> float:
+        call()
+        found = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            found.append(time.perf_counter() - start)
+        return 1e3 * statistics.median(found)
+
+    model = sdjax.load()
+    made = [model.sampler(name) for name in names()]
+    tables = {sampler.name: median(functools.partial(sampler.rows, 50), 9) for sampler in made}
+
+    config = model.config
+    size = config.image_size // config.vae.factor
+    x = jnp.ones((1, size, size, config.vae.latent_channels))
+    context = model.encode_text(model.tokenizer(["", PROMPT]))
+    rows = model.sampler("ddpm").rows(50).padded(samplers.bucket(50))
+
+    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+        unguided, guided = model.unet(jnp.tile(x, (2, 1, 1, 1)), jnp.tile(t, 2), context)[:, None]
+        return unguided + SCALE * (guided - unguided)
+
+    run = functools.partial(samplers.sample, key=jax.random.key(0))
+    whole = jax.jit(lambda x, rows: run(denoise, x, rows))
+    alone = jax.jit(lambda x, rows: run(lambda x, t: x, x, rows))  # all that is not the model
+    per_row = {name: median(lambda f=f: f(x, rows), 9) / 50 for name, f in (("whole", whole), ("alone", alone))}
+    return {
+        "jax": version("jax"),
+        "table of 50 steps, ms": {name: round(value, 2) for name, value in tables.items()},
+        "a row with its model, ms": round(per_row["whole"], 3),
+        "a row without, noise included, ms": round(per_row["alone"], 4),
+        "share": round(per_row["alone"] / per_row["whole"], 5),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["pictures", "distances", "errors"])
+    parser.add_argument("what", nargs="+", choices=["pictures", "distances", "errors", "costs"])
     what = parser.parse_args().what
     RESULTS.mkdir(exist_ok=True)
     if "pictures" in what:
@@ -151,6 +197,8 @@ def main() -> None:
         figure(found, RESULTS / "samplers_distances.png")
     if "errors" in what:
         (RESULTS / "samplers_errors.md").write_text(errors(), encoding="utf-8")
+    if "costs" in what:
+        (RESULTS / "samplers_costs.json").write_text(json.dumps(costs(), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -43,13 +44,37 @@ class Level(NamedTuple):
 CLEAN = Level(0.0, 0.0)
 
 
-class Output(NamedTuple):
-    """One call of the model, as the two things that papers speak of, whatever the model was trained to return."""
+Pair = tuple[float, float]  # coefficients of [x_in, model output]
 
-    x0: Value
-    epsilon: Value
-    unguided_x0: Value
-    unguided_epsilon: Value
+
+class Output:
+    """One call of the model, as the two things that papers speak of, whatever the model was trained to return.
+
+    Each is made when it is first asked for: a sampler uses one or two of the four.
+    """
+
+    def __init__(self, x_in: Value, guided: Value, unguided: Value, to_x0: Pair, to_epsilon: Pair) -> None:
+        self._x_in = x_in
+        self._guided = guided
+        self._unguided = unguided
+        self._to_x0 = to_x0
+        self._to_epsilon = to_epsilon
+
+    @cached_property
+    def x0(self) -> Value:
+        return self._to_x0[0] * self._x_in + self._to_x0[1] * self._guided
+
+    @cached_property
+    def epsilon(self) -> Value:
+        return self._to_epsilon[0] * self._x_in + self._to_epsilon[1] * self._guided
+
+    @cached_property
+    def unguided_x0(self) -> Value:
+        return self._to_x0[0] * self._x_in + self._to_x0[1] * self._unguided
+
+    @cached_property
+    def unguided_epsilon(self) -> Value:
+        return self._to_epsilon[0] * self._x_in + self._to_epsilon[1] * self._unguided
 
 
 @dataclass(frozen=True)
@@ -59,7 +84,7 @@ class Call:
     row: int
     step: int
     time: float
-    to_x0: tuple[float, float]  # x0 = to_x0 · [x_in, model output]
+    to_x0: Pair  # the predicted clean latents
 
 
 class Machine(Protocol):
@@ -134,15 +159,9 @@ class Run:
         x_in = x / self._size(level)
         self._row += 1
         self._ended = False
-        (x_to_x0, m_to_x0), (x_to_epsilon, m_to_epsilon) = _conversion(self._prediction, level)
-        call = Call(self._row, self._step, level.time, (x_to_x0, m_to_x0))
-        m, u = self._machine.evaluate(x_in, call)
-        return Output(
-            x0=x_to_x0 * x_in + m_to_x0 * m,
-            epsilon=x_to_epsilon * x_in + m_to_epsilon * m,
-            unguided_x0=x_to_x0 * x_in + m_to_x0 * u,
-            unguided_epsilon=x_to_epsilon * x_in + m_to_epsilon * u,
-        )
+        to_x0, to_epsilon = _conversion(self._prediction, level)
+        guided, unguided = self._machine.evaluate(x_in, Call(self._row, self._step, level.time, to_x0))
+        return Output(x_in, guided, unguided, to_x0, to_epsilon)
 
     def noise(self, before: Level, after: Level) -> Value:
         """A fresh standard normal; the two levels say which stretch of Brownian motion it is.
@@ -180,7 +199,7 @@ class Run:
         return self._size(level) * level.alpha, self._size(level) * level.std
 
 
-def _conversion(prediction: str, level: Level) -> tuple[tuple[float, float], tuple[float, float]]:
+def _conversion(prediction: str, level: Level) -> tuple[Pair, Pair]:
     """Coefficients of [x_in, model output] in x0 and in epsilon; x_in = alpha x0 + std epsilon."""
     alpha, std = level.alpha, level.std
     if prediction == "epsilon":

@@ -40,9 +40,7 @@ class Symbol:
 
     def expand(self, row: int) -> dict[Symbol, float]:
         """Its coefficients of leaves of this row and of values carried into it."""
-        if self.leaf or (self.born < row and len(self.terms) > 1):
-            return {self: 1.0}
-        return _total(self.terms.items(), row)
+        return _total([(self, 1.0)], row)
 
     def __add__(self, other: Symbol) -> Symbol:
         if not isinstance(other, Symbol):
@@ -51,7 +49,7 @@ class Symbol:
         return Symbol(row, _total([(self, 1.0), (other, 1.0)], row))
 
     def __mul__(self, factor: float) -> Symbol:
-        if isinstance(factor, Symbol) or np.ndim(factor):
+        if isinstance(factor, (Symbol, np.ndarray)):
             return NotImplemented
         return Symbol(self.row, {self: float(factor)} if factor else {})
 
@@ -68,11 +66,17 @@ class Symbol:
 
 
 def _total(parts: Iterable[tuple[Symbol, float]], row: int) -> dict[Symbol, float]:
+    """A sum's coefficients of leaves of this row and of values carried into it."""
     terms: dict[Symbol, float] = {}
     for symbol, factor in parts:
-        for leaf, coefficient in symbol.expand(row).items():
-            terms[leaf] = terms.get(leaf, 0.0) + factor * coefficient
-    return {leaf: coefficient for leaf, coefficient in terms.items() if coefficient}
+        if symbol.leaf or (symbol.born < row and len(symbol.terms) > 1):
+            terms[symbol] = terms.get(symbol, 0.0) + factor
+        else:
+            for leaf, coefficient in _total(symbol.terms.items(), row).items():
+                terms[leaf] = terms.get(leaf, 0.0) + factor * coefficient
+    if 0.0 in terms.values():  # seldom, and rebuilding each would take a fifth of the whole time
+        terms = {leaf: coefficient for leaf, coefficient in terms.items() if coefficient}
+    return terms
 
 
 @dataclass
