@@ -139,13 +139,21 @@ def shapes(config: Config) -> Params:
     return {name: jax.eval_shape(init)["params"] for name, init in models.items()}
 
 
-def load(path: str | Path | None = None, *, dtype: str | None = None, prediction: str | None = None) -> StableDiffusion:
-    """Reads a model: the one that ships, a native file, a `.ckpt` or `.safetensors` of SD 1.x, or a diffusers folder.
+def load(
+    path: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    prediction: str | None = None,
+    ema: bool | None = None,
+) -> StableDiffusion:
+    """Reads a model: the one that ships, a native file, a `.ckpt` or `.safetensors` of SD 1 or 2, a diffusers folder.
 
     Args:
       path: a file or a folder; None for the model that ships.
       dtype: of computation: "float32" or "bfloat16". None takes float32 on a CPU and bfloat16 elsewhere.
       prediction: "epsilon", "v" or "sample", in place of what the checkpoint says of itself.
+      ema: which weights of the UNet to take from a file that holds two sets: True the moving averages, False the last
+        ones of training, None the averages where there are any.
 
     Raises:
       ValueError: for arguments that are none of these.
@@ -158,14 +166,12 @@ def load(path: str | Path | None = None, *, dtype: str | None = None, prediction
     if prediction not in (None, *PREDICTIONS):
         raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS)}, got {prediction!r}")
     source = Path(__file__).with_name("default_model") / "model.safetensors" if path is None else Path(path)
-    config, params = checkpoints.load(source, shapes)
-    if prediction is not None:
-        config = dataclasses.replace(config, prediction=prediction)
+    config, params = checkpoints.load(source, shapes, ema=ema, prediction=prediction)
     host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
     # Already of this dtype, a file's memory-mapped arrays are used as they lie.
     params = jax.tree.map(jax.device_put, host)
     name = "default" if path is None else source.name
-    return StableDiffusion(config, params, Tokenizer(), dtype, name, _fingerprint(host))
+    return StableDiffusion(config, params, Tokenizer(config.text_encoder.padding_id), dtype, name, _fingerprint(host))
 
 
 def _fingerprint(params: Params) -> str:

@@ -206,6 +206,15 @@ def test_without_markup_it_is_the_tokenizers_window(text):
     np.testing.assert_array_equal(weights, np.ones((1, CONTEXT_LENGTH)))
 
 
+def test_padding_is_the_tokenizers():
+    other = Tokenizer(padding_id=0)
+    for text in ("", "a (cat:1.2)", "a " * 75):
+        ids, _ = windows(other, text)
+        np.testing.assert_array_equal(ids, other(text.replace("(", "").replace(":1.2)", "")))
+    batch, _ = encode(other, ["a cat", "a " * 100], None, 1)
+    np.testing.assert_array_equal(batch.token_ids[0, 0, 0, 1], [START_ID, END_ID, *[0] * (CONTEXT_LENGTH - 2)])
+
+
 def test_a_weight_is_its_tokens():
     ids, weights = windows(tokenizer, "a (red cat:1.3) b [c]")
     np.testing.assert_array_equal(ids, tokenizer("a red cat b c"))

@@ -43,6 +43,12 @@ def test_known_ids(text, ids):
     np.testing.assert_array_equal(row, [[START_ID, *ids, *[END_ID] * (CONTEXT_LENGTH - 1 - len(ids))]])
 
 
+def test_other_padding_comes_after_the_end():
+    """OpenCLIP's zeros, which transformers' tokenizer of Stable Diffusion 2 fills up with too."""
+    row = Tokenizer(padding_id=0)("a cat")[0]
+    np.testing.assert_array_equal(row, [START_ID, 320, 2368, END_ID, *[0] * (CONTEXT_LENGTH - 4)])
+
+
 def test_a_batch_is_its_texts():
     texts = ["a cat", "", "Ünïcode 日本語 🦊", "a " * WINDOW_TOKENS]
     batch = tokenizer(texts)

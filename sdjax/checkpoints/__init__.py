@@ -7,6 +7,7 @@ are mapped from the file: they are read where and when they are used, and copied
 from __future__ import annotations
 
 import collections
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sdjax.checkpoints import configurations, contents, identity, names, native, weights
+from sdjax.checkpoints import prediction as predictions
 from sdjax.checkpoints.contents import Contents
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.names import Kind, Source
@@ -32,8 +34,10 @@ LAYOUTS = {"diffusers": names.folder, "ldm": names.ldm}
 DTYPES = ("float32", "bfloat16")
 
 
-def load(path: Path_, shapes: Shapes, *, ema: bool | None = None) -> tuple[Config, Params]:
-    """Reads a model: a native file, a `.safetensors` or `.ckpt` of Stable Diffusion 1.x, or a diffusers folder.
+def load(
+    path: Path_, shapes: Shapes, *, ema: bool | None = None, prediction: str | None = None
+) -> tuple[Config, Params]:
+    """Reads a model: a native file, a `.safetensors` or `.ckpt` of Stable Diffusion 1 or 2, or a diffusers folder.
 
     The format is told by the file's first bytes, whatever its name.
 
@@ -43,6 +47,7 @@ def load(path: Path_, shapes: Shapes, *, ema: bool | None = None) -> tuple[Confi
       ema: which weights of the UNet to take from a file that holds two sets: True the moving averages, False the last
         ones of training. None takes the averages if they are there: its authors sample with them, and training
         goes on from the others.
+      prediction: what the UNet returns, "epsilon", "v" or "sample", in place of what the checkpoint says of itself.
 
     Returns:
       The configuration, and nested dicts of read-only NumPy arrays mapped from the file, in its dtype.
@@ -51,11 +56,19 @@ def load(path: Path_, shapes: Shapes, *, ema: bool | None = None) -> tuple[Confi
       CheckpointError: the path is missing, or no such model (it says what it is); tensors are missing, unexpected or
         of a wrong shape (all are listed), or hold NaN or infinity; `ema=True` where there are no averages.
     """
-    config, params, _ = _load(Path(path), shapes, ema)
+    config, params, _ = _load(Path(path), shapes, ema, prediction)
     return config, params
 
 
-def convert(source: Path_, target: Path_, shapes: Shapes, *, ema: bool | None = None, dtype: str | None = None) -> None:
+def convert(
+    source: Path_,
+    target: Path_,
+    shapes: Shapes,
+    *,
+    ema: bool | None = None,
+    prediction: str | None = None,
+    dtype: str | None = None,
+) -> None:
     """Writes any checkpoint that `load` reads as one native file, tensor by tensor.
 
     The file's metadata say where it came from: `source`, its name; `source_sha256`, of a file; `weights`, "averaged"
@@ -65,7 +78,7 @@ def convert(source: Path_, target: Path_, shapes: Shapes, *, ema: bool | None = 
       source: what to read.
       target: the file to write; it is replaced if there is one.
       shapes: gives the parameter tree of a configuration.
-      ema: as for `load`.
+      ema, prediction: as for `load`.
       dtype: to round the weights to, "float32" or "bfloat16"; None keeps theirs.
 
     Raises:
@@ -75,7 +88,7 @@ def convert(source: Path_, target: Path_, shapes: Shapes, *, ema: bool | None = 
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
     source = Path(source)
-    config, params, chosen = _load(source, shapes, ema)
+    config, params, chosen = _load(source, shapes, ema, prediction)
     metadata = {"source": source.absolute().name, **chosen}
     if source.is_file():
         with source.open("rb") as file:
@@ -130,10 +143,12 @@ def describe(path: Path_) -> dict[str, Any]:
     }
 
 
-def _load(path: Path, shapes: Shapes, ema: bool | None) -> tuple[Config, Params, dict[str, str]]:
+def _load(
+    path: Path, shapes: Shapes, ema: bool | None, prediction: str | None
+) -> tuple[Config, Params, dict[str, str]]:
     """What `load` returns, and which of two sets of weights was taken, as metadata."""
     opened = contents.read(path)
-    config = _config(path, opened)
+    config = _config(path, opened, prediction)
     targets = native.flatten(shapes(config))
     averages = opened.format != contents.FOLDER and identity.has_averages(opened.tensors)
     if ema and not averages:
@@ -153,20 +168,23 @@ def _load(path: Path, shapes: Shapes, ema: bool | None) -> tuple[Config, Params,
     return config, native.unflatten(found), {"weights": "last" if ema is False else "averaged"}
 
 
-def _config(path: Path, opened: Contents) -> Config:
+def _config(path: Path, opened: Contents, prediction: str | None = None) -> Config:
+    """The configuration, with the prediction type that the caller says."""
+    kind, original = identity.identify(opened)
     if opened.is_native:
-        return native.config_of(opened.metadata, path)
-    kind, config = identity.identify(opened)
-    if opened.format == contents.FOLDER and opened.metadata.get("_class_name") in identity.PIPELINES:
-        return configurations.read_folder(path)
-    if config is None:
-        raise CheckpointError(f"{path}: this is {kind}; sdjax reads whole checkpoints of Stable Diffusion 1.x")
-    return config
+        config = native.config_of(opened.metadata, path)
+    elif opened.format == contents.FOLDER and opened.metadata.get("_class_name") in identity.PIPELINES:
+        config = configurations.read_folder(path)
+    elif original is not None:
+        return predictions.configured(path, opened, original, prediction)
+    else:
+        raise CheckpointError(f"{path}: this is {kind}; sdjax reads whole checkpoints of Stable Diffusion 1 and 2")
+    return config if prediction is None else dataclasses.replace(config, prediction=prediction)
 
 
 def _is_readable(path: Path, opened: Contents) -> bool:
     try:
-        _config(path, opened)
+        _config(path, opened, prediction="epsilon")  # which it is may be in the numbers
     except CheckpointError:
         return False
     return True

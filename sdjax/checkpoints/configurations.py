@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from sdjax.checkpoints.errors import CheckpointError
-from sdjax.models.config import Config
+from sdjax.models.config import Config, TextEncoderConfig
 
 MAX_JSON = 1 << 20  # bytes
 
 # Fields with which diffusers and transformers change what is computed, at the one value that our models have.
 # Absent or null is taken as that value: the older the folder, the fewer of them there are.
-TEXT_ENCODER_FIXED = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
+TEXT_ENCODER_FIXED = {"layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
 UNET_FIXED = {
     "act_fn": "silu",
     "addition_embed_type": None,
@@ -50,7 +50,6 @@ UNET_FIXED = {
     "time_embedding_type": "positional",
     "timestep_post_act": None,
     "transformer_layers_per_block": 1,
-    "use_linear_projection": False,
 }
 VAE_FIXED = {
     "act_fn": "silu",
@@ -64,6 +63,9 @@ VAE_FIXED = {
     "use_quant_conv": True,
 }
 SCHEDULER_FIXED = {"trained_betas": None}
+ACTIVATIONS = ("quick_gelu", "gelu")
+# What texts are filled up with: the end token, or as OpenCLIP does, the token 0.
+PADDINGS = {"<|endoftext|>": TextEncoderConfig.padding_id, "!": 0}
 UNET_LEVELS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 BETA_SCHEDULES = {
     "scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "squared_cosine", "sigmoid": "sigmoid",
@@ -90,7 +92,7 @@ def read_folder(folder: Path) -> Config:
     """The configuration of a diffusers folder from its `*/config.json` and `scheduler/scheduler_config.json`.
 
     Raises:
-      CheckpointError: a file is missing or malformed, or describes another model than Stable Diffusion 1.x is.
+      CheckpointError: a file is missing or malformed, or describes another model than Stable Diffusion 1 or 2 is.
     """
     text_path, unet_path, vae_path = (folder / part / "config.json" for part in ("text_encoder", "unet", "vae"))
     text, unet, vae = (read_json(path) for path in (text_path, unet_path, vae_path))
@@ -103,7 +105,7 @@ def read_folder(folder: Path) -> Config:
     try:
         config = Config.from_dict(
             {
-                "text_encoder": _text_encoder(text),
+                "text_encoder": {**_text_encoder(text), "padding_id": _padding(folder / "tokenizer", text)},
                 "unet": _unet(unet_path, unet),
                 "vae": _vae(vae_path, vae),
                 # diffusers' own defaults, where a scheduler's file leaves them out.
@@ -136,7 +138,22 @@ def _text_encoder(fields: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": fields["num_hidden_layers"],
         "num_heads": fields["num_attention_heads"],
         "mlp_width": fields["intermediate_size"],
+        "activation": fields.get("hidden_act", "quick_gelu"),
     }
+
+
+def _padding(folder: Path, text_encoder: Mapping[str, Any]) -> int:
+    """The token id that the folder's tokenizer fills up with; by the kind of text encoder where it does not say."""
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the first overrides the second
+        path = folder / name
+        token = read_json(path).get("pad_token") if path.is_file() else None
+        if isinstance(token, dict):
+            token = token.get("content")
+        if token is not None:
+            if token not in PADDINGS:
+                raise CheckpointError(f"{path}: its pad_token is {token!r:.40}; sdjax has {' and '.join(PADDINGS)}")
+            return PADDINGS[token]
+    return 0 if text_encoder.get("hidden_act") == "gelu" else TextEncoderConfig.padding_id
 
 
 def _unet(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,6 +170,7 @@ def _unet(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
         "attention_levels": levels,
         "num_heads": [heads] * len(levels) if isinstance(heads, int) else heads,
         "context_width": _same(path, fields["cross_attention_dim"], "cross_attention_dim"),
+        "linear_projection": fields.get("use_linear_projection") or False,
         "norm_groups": fields.get("norm_num_groups", 32),
     }
 
@@ -182,12 +200,10 @@ def _same(path: Path, value: Any, name: str) -> Any:
 def _refuse_others(path: Path, fields: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
     found = {name: _same(path, fields.get(name), name) for name in fixed}
     others = [f"{name} is {found[name]!r:.40}" for name in fixed if found[name] not in (None, fixed[name])]
-    if not others:
-        return
-    message = f"{path}: {', '.join(others)}; the networks of sdjax, those of Stable Diffusion 1.x, do not have that"
-    if found.get("use_linear_projection") or found.get("hidden_act") == "gelu":
-        message = f"{path}: this is Stable Diffusion 2 or later ({', '.join(others)}); sdjax reads Stable Diffusion 1.x"
-    raise CheckpointError(message)
+    if others:
+        raise CheckpointError(
+            f"{path}: {', '.join(others)}; the networks of sdjax, those of Stable Diffusion 1 and 2, do not have that"
+        )
 
 
 def check(config: Config, path: str | os.PathLike[str]) -> None:
@@ -202,7 +218,8 @@ def check(config: Config, path: str | os.PathLike[str]) -> None:
         rules = {
             "text_encoder.num_layers": text.num_layers <= 128,
             "text_encoder.num_heads": text.width % text.num_heads == 0,
-            "text_encoder.activation": text.activation in ("quick_gelu", "gelu"),
+            "text_encoder.activation": text.activation in ACTIVATIONS,
+            "text_encoder.padding_id": 0 <= text.padding_id < text.vocab_size,
             "unet.blocks_per_level": unet.blocks_per_level <= 16,
             "unet.attention_levels": len(unet.attention_levels) == len(unet.channels),
             "unet.num_heads": len(unet.num_heads) == len(unet.channels)
@@ -228,9 +245,13 @@ def check(config: Config, path: str | os.PathLike[str]) -> None:
 
 
 def _parts(config: Config) -> list[tuple[str, Any]]:
-    parts = {"text_encoder.": config.text_encoder, "unet.": config.unet, "vae.": config.vae}
-    own = {name: value for name, value in vars(config).items() if f"{name}." not in parts and name != "steps_offset"}
-    return [*((name, vars(part).items()) for name, part in parts.items()), ("", own.items())]
+    """Each part's name and fields, the configuration's own last; but those that may be 0."""
+    parts = {"text_encoder.": config.text_encoder, "unet.": config.unet, "vae.": config.vae, "": config}
+    no_sizes = (*(part.removesuffix(".") for part in parts), "steps_offset", "padding_id")
+    return [
+        (part, [(name, value) for name, value in vars(fields).items() if name not in no_sizes])
+        for part, fields in parts.items()
+    ]
 
 
 def _is_size(value: Any) -> bool:

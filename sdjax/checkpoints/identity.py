@@ -10,7 +10,7 @@ import numpy as np
 
 from sdjax.checkpoints import contents, names
 from sdjax.checkpoints.contents import Contents
-from sdjax.models.config import SD1, SD1_INPAINTING, Config
+from sdjax.models.config import SD1, SD1_INPAINTING, SD2_INPAINTING, SD2_V, Config
 
 
 class Identity(NamedTuple):
@@ -53,7 +53,7 @@ IN_CHANNELS = {
     7: " for upscaling",
     8: " of the InstructPix2Pix kind, which takes a picture beside the latents",
 }
-CONFIGS = {(768, 4): SD1, (768, 9): SD1_INPAINTING}
+CONFIGS = {(768, 4): SD1, (768, 9): SD1_INPAINTING, (1024, 4): SD2_V, (1024, 9): SD2_INPAINTING}
 
 
 def identify(opened: Contents) -> Identity:

@@ -53,10 +53,17 @@ class Kind(enum.Enum):
 
 
 class Source(NamedTuple):
-    """Where a tensor of ours comes from."""
+    """Where a tensor of ours comes from: of a tensor of theirs, one of so many equal parts along the first axis."""
 
     name: str
     kind: Kind
+    part: int = 0
+    parts: int = 1
+
+    def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in their file, all parts together, of what has this shape in ours."""
+        rows, *rest = self.kind.their_shape(shape)
+        return (self.parts * rows, *rest)
 
 
 # What each module is, by the last of its name.
@@ -109,6 +116,20 @@ LDM_PARTS = {
     "text_encoder": {},
 }
 
+# The text encoder of Stable Diffusion 2 is OpenCLIP's in original files: diffusers' names, and what they are there.
+OPEN_CLIP_ROOT = "cond_stage_model.model."
+OPEN_CLIP = (
+    (r"embeddings\.token_embedding\.", "token_embedding."),
+    (r"embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"encoder\.layers\.(\d+)\.self_attn\.[qkv]_proj\.", r"transformer.resblocks.\1.attn.in_proj_"),
+    (r"encoder\.layers\.(\d+)\.self_attn\.", r"transformer.resblocks.\1.attn."),
+    (r"encoder\.layers\.(\d+)\.layer_norm", r"transformer.resblocks.\1.ln_"),
+    (r"encoder\.layers\.(\d+)\.mlp\.fc1\.", r"transformer.resblocks.\1.mlp.c_fc."),
+    (r"encoder\.layers\.(\d+)\.mlp\.fc2\.", r"transformer.resblocks.\1.mlp.c_proj."),
+    (r"final_layer_norm\.", "ln_final."),
+)
+PACKED = ("q_proj", "k_proj", "v_proj")  # one matrix in torch's attention
+
 # Other spellings of one layout, brought to the one that the tables have.
 SPELLINGS = (
     # Files written by transformers since 5.6, or before 4.26.
@@ -131,7 +152,9 @@ BUFFERS = (
     r"model_ema\.(decay|num_updates)",
     r"(cond_stage_model\.transformer|text_encoder)\.text_model\.embeddings\.position_ids",
     # CLIP's way to compare texts with pictures.
-    r"(cond_stage_model|cond_stage_model\.transformer|text_encoder)\.(text_projection(\.weight)?|logit_scale)",
+    r"(cond_stage_model|cond_stage_model\.(transformer|model)|text_encoder)\.(text_projection(\.weight)?|logit_scale)",
+    # OpenCLIP's causal mask, and its last layer, of which Stable Diffusion 2 takes the input.
+    r"cond_stage_model\.model\.(attn_mask|transformer\.resblocks\.23\..*)",
 )
 
 
@@ -158,12 +181,16 @@ def ldm(config: Config, targets: Iterable[str]) -> dict[str, Source]:
     """Where each of our tensors (dotted names) is in an original file, `model.diffusion_model.` ..."""
     places = {"unet": _unet_places(config.unet), "vae": _vae_places(config.vae), "text_encoder": {}}
     sources = {}
+    # The originals have two text encoders, and only OpenCLIP's has the exact GELU.
+    open_clip = config.text_encoder.activation == "gelu"
     for target in targets:
         root = target.split(".", 1)[0]
-        name, kind = _source(target, config, LDM_ROOTS, places[root], LDM_PARTS[root])
-        if root == "vae" and kind is Kind.LINEAR:
-            kind = Kind.POINTWISE  # the original's attention over pixels is made of 1x1 convolutions
-        sources[target] = Source(name, kind)
+        source = _source(target, config, LDM_ROOTS, places[root], LDM_PARTS[root])
+        if root == "vae" and source.kind is Kind.LINEAR:
+            source = source._replace(kind=Kind.POINTWISE)  # the original's attention over pixels is 1x1 convolutions
+        if root == "text_encoder" and open_clip:
+            source = _open_clip(target, source)
+        sources[target] = source
     return sources
 
 
@@ -171,8 +198,8 @@ def averaged(sources: Mapping[str, Source]) -> dict[str, Source]:
     """The same with the UNet's moving averages, whose names Lightning modules keep without the dots."""
     prefix = LDM_ROOTS["unet"]
     return {
-        target: Source(ema_name(name), kind) if name.startswith(prefix) else Source(name, kind)
-        for target, (name, kind) in sources.items()
+        target: source._replace(name=ema_name(source.name)) if source.name.startswith(prefix) else source
+        for target, source in sources.items()
     }
 
 
@@ -199,6 +226,17 @@ def _source(
         if len(path) > 1:
             path[1] = parts.get(modules[depth], path[1])
     return Source(prefix + ".".join([*path, LEAVES[leaf]]), kind)
+
+
+def _open_clip(target: str, source: Source) -> Source:
+    name = source.name.removeprefix(LDM_ROOTS["text_encoder"])
+    for pattern, replacement in OPEN_CLIP:
+        name, found = re.subn(rf"^{pattern}", replacement, name)
+        if found:
+            break
+    module = target.split(".")[-2]
+    place = {"part": PACKED.index(module), "parts": len(PACKED)} if module in PACKED else {}
+    return Source(OPEN_CLIP_ROOT + name, source.kind, **place)
 
 
 def _dotted(module: str) -> str:

@@ -41,21 +41,22 @@ def assemble(
     """
     spelt = {spelling(name): name for name in tensors}
     wanted = {source.name for source in sources.values()}
-    missing = [source.name for source in sources.values() if source.name not in spelt]
+    missing = [name for name in wanted if name not in spelt]
     known = wanted.union(passed_over)
     unexpected = [name for tables, name in spelt.items() if tables not in known and not names.is_buffer(tables)]
-    shapes, dtypes, found = [], [], {}
-    for target, (name, kind) in sources.items():
-        if name not in spelt:
+    shapes, dtypes, found = set(), set(), {}
+    for target, source in sources.items():
+        if source.name not in spelt:
             continue
-        tensor = tensors[spelt[name]]
-        expected = kind.their_shape(targets[target].shape)
+        name = spelt[source.name]
+        tensor, expected = tensors[name], source.their_shape(targets[target].shape)
         if tensor.shape != expected:
-            shapes.append(f"{spelt[name]} {list(tensor.shape)} instead of {list(expected)}")
+            shapes.add(f"{name} {list(tensor.shape)} instead of {list(expected)}")
         elif tensor.dtype.name not in FLOATS:
-            dtypes.append(f"{spelt[name]} {tensor.dtype}")
+            dtypes.add(f"{name} {tensor.dtype}")
         else:
-            found[target] = tensor
+            rows = len(tensor) // source.parts
+            found[target] = tensor[source.part * rows : (source.part + 1) * rows]
     problems = {
         "missing": missing,
         "unexpected": unexpected,
@@ -66,7 +67,7 @@ def assemble(
     if any(problems.values()):
         lists = "; ".join(f"{what} ({len(items)}): {_shorten(items)}" for what, items in problems.items() if items)
         raise CheckpointError(f"{path}: its tensors are not those of the model: {lists}")
-    if nonfinite := [spelt[sources[target].name] for target, tensor in found.items() if not is_finite(tensor)]:
+    if nonfinite := {spelt[sources[target].name] for target, tensor in found.items() if not is_finite(tensor)}:
         raise CheckpointError(
             f"{path}: NaN or infinity in {len(nonfinite)} of its tensors: {_shorten(nonfinite)}; the file is damaged,"
             " or its training had failed"
@@ -75,8 +76,14 @@ def assemble(
 
 
 def export(params: Mapping[str, Any], sources: Mapping[str, Source]) -> dict[str, np.ndarray]:
-    """The inverse of `assemble`: views of our arrays (dotted names) under a layout's names and with its axes."""
-    return {source.name: source.kind.to_theirs(np.asarray(params[target])) for target, source in sources.items()}
+    """The inverse of `assemble`: our arrays (dotted names) under a layout's names and with its axes.
+
+    They are views, but where several of ours make one of theirs.
+    """
+    theirs: dict[str, list[np.ndarray]] = {}
+    for target, source in sorted(sources.items(), key=lambda item: item[1].part):
+        theirs.setdefault(source.name, []).append(source.kind.to_theirs(np.asarray(params[target])))
+    return {name: np.concatenate(parts) if len(parts) > 1 else parts[0] for name, parts in theirs.items()}
 
 
 def is_finite(x: np.ndarray) -> bool:
@@ -88,6 +95,6 @@ def is_finite(x: np.ndarray) -> bool:
     return not any(((flat[start : start + CHUNK] & infinity) == infinity).any() for start in range(0, flat.size, CHUNK))
 
 
-def _shorten(items: list[str]) -> str:
+def _shorten(items: Collection[str]) -> str:
     shown = ", ".join(f"{item:.160}" for item in sorted(items)[:SHOWN])
     return f"{shown} and {len(items) - SHOWN} more" if len(items) > SHOWN else shown

@@ -18,6 +18,7 @@ class TextEncoderConfig:
     num_heads: int = 12
     mlp_width: int = 3072
     activation: str = "quick_gelu"  # "gelu" in OpenCLIP's models
+    padding_id: int = 49407  # after the end token: the end token again, or 0 as OpenCLIP has it
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,15 @@ def _build(cls: type, fields: Any, where: str) -> Any:
 
 SD1 = Config()
 SD1_INPAINTING = dataclasses.replace(SD1, unet=dataclasses.replace(SD1.unet, in_channels=9))
+# OpenCLIP's ViT-H has one layer more, which SD 2 does not use.
+SD2_BASE = Config(
+    text_encoder=TextEncoderConfig(
+        width=1024, num_layers=23, num_heads=16, mlp_width=4096, activation="gelu", padding_id=0
+    ),
+    unet=UNetConfig(num_heads=(5, 10, 20, 20), context_width=1024, linear_projection=True),
+)
+SD2_INPAINTING = dataclasses.replace(SD2_BASE, unet=dataclasses.replace(SD2_BASE.unet, in_channels=9))
+SD2_V = dataclasses.replace(SD2_BASE, prediction="v", image_size=768)
 
 # Every part of SD 1 at a size for tests: all kinds of blocks, head sizes that are not powers of two, in milliseconds.
 TINY = Config(

@@ -73,7 +73,7 @@ def encode(
         for i, text in enumerate(negative_prompts or ())
     ]
     count = _bucket(max(len(ids) for read in positive + negative for one in read for ids, _ in one.variants))
-    return _stack(positive, count), _stack(negative, count) if negative else None
+    return _stack(tokenizer, positive, count), _stack(tokenizer, negative, count) if negative else None
 
 
 def windows(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -109,9 +109,9 @@ def windows(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
             f"{text!r:.60} has {sum(map(len, filled))} tokens and needs {len(filled)} windows of {WINDOW_TOKENS}; "
             f"at most {MAX_WINDOWS} are taken, so shorten it"
         )
-    ids, weights = _empty(len(filled))
+    ids, weights = _empty(tokenizer, len(filled))
     for i, window in enumerate(filled):
-        ids[i, 1 : len(window) + 1] = [token for token, _ in window]
+        ids[i, 1 : len(window) + 2] = [*(token for token, _ in window), END_ID]
         weights[i, 1 : len(window) + 1] = [weight for _, weight in window]
     return ids, weights
 
@@ -173,11 +173,11 @@ def _read(name: str, tokenizer: Tokenizer, composed: Sequence[Weighted], num_inf
         raise ValueError(f"{name}: {error}") from error
 
 
-def _stack(batch: list[list[_Read]], n: int) -> Conditioning:
+def _stack(tokenizer: Tokenizer, batch: list[list[_Read]], n: int) -> Conditioning:
     """Prompts as `n` windows each, filled up with empty windows, empty variants, and prompts of weight 0."""
     b, p = len(batch), max(map(len, batch))
     v = _bucket(max(len(one.variants) for read in batch for one in read))
-    ids, weights = (np.broadcast_to(empty, (b, p, v, n, CONTEXT_LENGTH)).copy() for empty in _empty(1))
+    ids, weights = (np.broadcast_to(empty, (b, p, v, n, CONTEXT_LENGTH)).copy() for empty in _empty(tokenizer, 1))
     held = np.zeros((b, p, v, n), bool)
     held[..., 0] = True
     variants = np.zeros((b, p, len(batch[0][0].steps)), np.int32)
@@ -191,10 +191,10 @@ def _stack(batch: list[list[_Read]], n: int) -> Conditioning:
     return Conditioning(ids, weights, held, variants, composition)
 
 
-def _empty(n: int) -> tuple[np.ndarray, np.ndarray]:
+def _empty(tokenizer: Tokenizer, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids and weights of `n` windows without text."""
-    ids = np.full((n, CONTEXT_LENGTH), END_ID, np.int32)
-    ids[:, 0] = START_ID
+    ids = np.full((n, CONTEXT_LENGTH), tokenizer.padding_id, np.int32)
+    ids[:, :2] = START_ID, END_ID
     return ids, np.ones((n, CONTEXT_LENGTH), np.float32)
 
 

@@ -19,7 +19,7 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 VOCAB_SIZE = 49408
 START_ID = 49406  # "<|startoftext|>"
-END_ID = 49407  # "<|endoftext|>", which is also the padding
+END_ID = 49407  # "<|endoftext|>"
 CONTEXT_LENGTH = 77
 WINDOW_TOKENS = CONTEXT_LENGTH - 2  # tokens of text between a window's start and end
 MAX_WINDOWS = 8
@@ -30,11 +30,16 @@ _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Texts to int32 token ids, in windows of 77: start, at most 75 tokens of text, then the end token to the end.
+    """Texts to int32 token ids, in windows of 77: start, at most 75 tokens of text, end, and padding.
 
-    It holds nothing: the vocabulary is read once per process, at the first text, and is never changed; so instances are
-    free to make, compare, pickle and share between threads.
+    It does not hold the vocabulary, which is read once per process, at the first text, and is never changed; so
+    instances are free to make, compare, pickle and share between threads.
+
+    Attributes:
+        padding_id: the end token again in OpenAI's CLIP and Stable Diffusion 1, 0 in OpenCLIP and Stable Diffusion 2.
     """
+
+    padding_id: int = END_ID
 
     def __call__(self, texts: str | Sequence[str]) -> np.ndarray:
         """One window per text: int32 (B, 77). Raises ValueError for a text of more than 75 tokens."""
@@ -46,7 +51,7 @@ class Tokenizer:
                     f"{name}: {_shown(text)} has {len(ids)} tokens, one window holds {WINDOW_TOKENS}; "
                     f"shorten it, or encode it in several windows with Tokenizer.windows"
                 )
-            rows.append(_window(ids))
+            rows.append(self._window(ids))
         return np.array(rows, np.int32)
 
     def windows(self, texts: str | Sequence[str], count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +81,7 @@ class Tokenizer:
                 )
         total = count or max(needed)
         starts = range(0, total * WINDOW_TOKENS, WINDOW_TOKENS)
-        windows = [[_window(ids[start : start + WINDOW_TOKENS]) for start in starts] for ids in encoded]
+        windows = [[self._window(ids[start : start + WINDOW_TOKENS]) for start in starts] for ids in encoded]
         return np.array(windows, np.int32), np.arange(total) < np.array(needed)[:, None]
 
     def encode(self, text: str) -> list[int]:
@@ -92,13 +97,12 @@ class Tokenizer:
         """The number of 75-token windows that hold the text; 1 for an empty one. It may exceed the 8 that are taken."""
         return _windows_for(self.count(text))
 
+    def _window(self, ids: list[int]) -> list[int]:
+        return [START_ID, *ids, END_ID, *[self.padding_id] * (WINDOW_TOKENS - len(ids))]
+
 
 def _windows_for(tokens: int) -> int:
     return max(1, -(-tokens // WINDOW_TOKENS))
-
-
-def _window(ids: list[int]) -> list[int]:
-    return [START_ID, *ids, *[END_ID] * (CONTEXT_LENGTH - 1 - len(ids))]
 
 
 def _named(texts: str | Sequence[str]) -> list[tuple[str, str]]:

@@ -90,8 +90,8 @@ def test_the_schedule_of_a_folder(folder, shapes):
     [
         ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "folder of 'StableDiffusionXLPipeline'"),
         ("model_index.json", {"_class_name": None}, "folder of None"),
-        ("text_encoder/config.json", {"hidden_act": "gelu"}, "this is Stable Diffusion 2"),
-        ("unet/config.json", {"use_linear_projection": True}, "this is Stable Diffusion 2"),
+        ("text_encoder/config.json", {"hidden_act": "gelu_new"}, "text_encoder.activation"),
+        ("unet/config.json", {"use_linear_projection": "yes"}, "unet.linear_projection"),
         ("unet/config.json", {"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256"),
         ("unet/config.json", {"act_fn": "gelu", "freq_shift": 1}, "act_fn is 'gelu', freq_shift is 1"),
         ("unet/config.json", {"down_block_types": ["DownBlock2D", "SimpleDownBlock2D"]}, "SimpleDownBlock2D"),

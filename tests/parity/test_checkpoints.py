@@ -23,8 +23,14 @@ NARROW = dataclasses.replace(
     vae=VAEConfig(channels=(8, 16, 24, 24), norm_groups=4),
 )
 
+NARROW_2 = dataclasses.replace(
+    NARROW,
+    text_encoder=TextEncoderConfig(width=8, num_layers=23, num_heads=2, mlp_width=16, activation="gelu", padding_id=0),
+    unet=dataclasses.replace(NARROW.unet, linear_projection=True),
+)
 
-@pytest.mark.parametrize("config", [NARROW, TINY], ids=["SD 1's names", "tiny"])
+
+@pytest.mark.parametrize("config", [NARROW, NARROW_2, TINY], ids=["SD 1's names", "SD 2's names", "tiny"])
 def test_original_names(tmp_path, config):
     rng = np.random.default_rng(0)
     shapes = native.flatten(pipeline.shapes(config))

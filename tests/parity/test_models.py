@@ -4,6 +4,7 @@ Errors are relative: the largest difference over the largest value. All weights 
 starts, no bias is zero, so a module that was left out or misread shows.
 """
 
+import dataclasses
 import json
 
 import diffusers
@@ -15,7 +16,7 @@ import transformers
 
 from sdjax import checkpoints, pipeline
 from sdjax.checkpoints import names, native, weights
-from sdjax.models.config import SD1, SD1_INPAINTING, TINY
+from sdjax.models.config import SD1, SD1_INPAINTING, SD2_V, TINY
 from sdjax.models.perturbed import identity_attention
 from sdjax.models.text_encoder import TextEncoder
 from sdjax.models.unet import UNet
@@ -48,6 +49,7 @@ def text_encoder(config):
             num_hidden_layers=sizes.num_layers,
             num_attention_heads=sizes.num_heads,
             intermediate_size=sizes.mlp_width,
+            hidden_act=sizes.activation,
         )
     )
 
@@ -61,7 +63,8 @@ def unet(config):
         layers_per_block=sizes.blocks_per_level,
         down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
         up_block_types=[f"{kind}UpBlock2D" for kind in kinds[::-1]],
-        attention_head_dim=sizes.num_heads[0],
+        attention_head_dim=sizes.num_heads,
+        use_linear_projection=sizes.linear_projection,
         cross_attention_dim=sizes.context_width,
         norm_num_groups=sizes.norm_groups,
         sample_size=config.image_size // config.vae.factor,
@@ -84,21 +87,37 @@ def write_folder(path, config, parts, **options):
     for name, model in parts.items():
         model.save_pretrained(path / name, **options)
     diffusers.PNDMScheduler(
-        beta_start=config.beta_start, beta_end=config.beta_end, beta_schedule=config.beta_schedule, steps_offset=1
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule=config.beta_schedule,
+        steps_offset=1,
+        prediction_type={"v": "v_prediction", "epsilon": "epsilon"}[config.prediction],
     ).save_pretrained(path / "scheduler")
     (path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
 
 
+# All that Stable Diffusion 2 has otherwise: the activation, the padding, heads of one size, a matrix for a convolution.
+TINY_2 = dataclasses.replace(
+    TINY,
+    text_encoder=dataclasses.replace(TINY.text_encoder, activation="gelu", padding_id=0),
+    unet=dataclasses.replace(TINY.unet, num_heads=(2, 4), linear_projection=True),
+    prediction="v",
+)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
+    return read_back(tmp_path_factory.mktemp("folder"), TINY)
+
+
+def read_back(path, config):
     """The reference's models and our parameters of the same folder."""
-    path = tmp_path_factory.mktemp("folder")
-    parts = {"text_encoder": text_encoder(TINY), "unet": unet(TINY), "vae": vae(TINY)}
+    parts = {"text_encoder": text_encoder(config), "unet": unet(config), "vae": vae(config)}
     for seed, model in enumerate(parts.values()):
         enliven(model, seed)
-    write_folder(path, TINY, parts)
-    config, params = checkpoints.load(path, pipeline.shapes)
-    assert config == TINY
+    write_folder(path, config, parts)
+    read, params = checkpoints.load(path, pipeline.shapes)
+    assert read == config
     return parts, params
 
 
@@ -180,6 +199,65 @@ def test_unet(tiny, size):
     check_unet(parts["unet"], params["unet"], TINY, size)
 
 
+def test_stable_diffusion_2(tmp_path):
+    parts, params = read_back(tmp_path, TINY_2)
+    check_text_encoder(parts["text_encoder"], params["text_encoder"], TINY_2, 0)
+    check_unet(parts["unet"], params["unet"], TINY_2, (13, 9))
+
+
+class OpenCLIP(torch.nn.Module):
+    """Its text tower as it lies in original files of Stable Diffusion 2, with torch's own attention."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes = sizes
+        self.token_embedding = torch.nn.Embedding(sizes.vocab_size, sizes.width)
+        self.positional_embedding = torch.nn.Parameter(torch.randn(sizes.max_positions, sizes.width))
+        self.transformer = torch.nn.Module()
+        self.transformer.resblocks = torch.nn.ModuleList(self.block() for _ in range(sizes.num_layers + 1))
+        self.ln_final = torch.nn.LayerNorm(sizes.width)
+        self.text_projection = torch.nn.Parameter(torch.randn(sizes.width, sizes.width))
+
+    def block(self):
+        sizes = self.sizes
+        return torch.nn.ModuleDict(
+            {
+                "ln_1": torch.nn.LayerNorm(sizes.width),
+                "attn": torch.nn.MultiheadAttention(sizes.width, sizes.num_heads, batch_first=True),
+                "ln_2": torch.nn.LayerNorm(sizes.width),
+                "mlp": torch.nn.ModuleDict(
+                    {
+                        "c_fc": torch.nn.Linear(sizes.width, sizes.mlp_width),
+                        "c_proj": torch.nn.Linear(sizes.mlp_width, sizes.width),
+                    }
+                ),
+            }
+        )
+
+    def forward(self, ids):
+        """The state that goes into the last block, after the final norm: what Stable Diffusion 2 uses."""
+        x = self.token_embedding(ids) + self.positional_embedding
+        mask = torch.full((77, 77), -torch.inf).triu(1)
+        for block in self.transformer.resblocks[:-1]:
+            h = block["ln_1"](x)
+            x = x + block["attn"](h, h, h, need_weights=False, attn_mask=mask)[0]
+            x = x + block["mlp"]["c_proj"](torch.nn.functional.gelu(block["mlp"]["c_fc"](block["ln_2"](x))))
+        return self.ln_final(x)
+
+
+def test_open_clip(tmp_path):
+    sizes = dataclasses.replace(TINY_2.text_encoder, num_layers=23)  # the last, the 24th, is in the file
+    config = dataclasses.replace(TINY_2, text_encoder=sizes)
+    theirs = enliven(OpenCLIP(sizes), 0)
+    targets = {name: x for name, x in native.flatten(pipeline.shapes(config)).items() if name.startswith("text")}
+    file = {f"cond_stage_model.model.{name}": x.numpy() for name, x in theirs.state_dict().items()}
+    params = native.unflatten(weights.assemble(tmp_path, file, names.ldm(config, targets), targets))["text_encoder"]
+    ids = np.random.default_rng(0).integers(0, sizes.vocab_size, (2, 77), np.int32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids).long()).numpy()
+    assert relative_error(TextEncoder(sizes).apply({"params": params}, ids, 0), expected) < TOLERANCE
+
+
 def test_vae_encode(tiny):
     parts, params = tiny
     check_encode(parts["vae"], params["vae"], TINY, (18, 10))
@@ -208,26 +286,33 @@ def write_original(path, config, parts):
     params = weights.assemble(path, theirs, names.folder(config, targets), targets)
     original = weights.export(params, names.ldm(config, targets))
     state = {name: torch.from_numpy(x) for name, x in original.items()}
-    state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    if config.text_encoder.activation == "quick_gelu":
+        state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     state["betas"] = torch.linspace(0, 1, 1000)
     callbacks = {ModelCheckpoint: ModelCheckpoint(), "score": np.float64(1)}
     torch.save({"epoch": 1, "global_step": 470000, "state_dict": state, "callbacks": callbacks}, path)
 
 
 @pytest.mark.full_size
-@pytest.mark.parametrize(("config", "sizes"), [(SD1, [(64, 64), (65, 49)]), (SD1_INPAINTING, [(64, 64)])])
+@pytest.mark.parametrize(
+    ("config", "sizes"), [(SD1, [(64, 64), (65, 49)]), (SD1_INPAINTING, [(64, 64)]), (SD2_V, [(64, 64)])]
+)
 def test_full_size(tmp_path, config, sizes):
     parts = {"text_encoder": text_encoder(config), "unet": unet(config), "vae": vae(config)}
     for seed, model in enumerate(parts.values()):
         enliven(model, seed)
     write_original(tmp_path / "model.ckpt", config, parts)
-    read, params = checkpoints.load(tmp_path / "model.ckpt", pipeline.shapes)
+    # The random numbers' spread says nothing of what a Stable Diffusion 2 predicts.
+    read, params = checkpoints.load(tmp_path / "model.ckpt", pipeline.shapes, prediction=config.prediction)
     assert read == config
     counts = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
     extra = (config.unet.in_channels - 4) * 9 * 320  # weights of the first convolution
-    assert counts == {"text_encoder": 123_060_480, "unet": 859_520_964 + extra, "vae": 83_653_863}
+    text, unet_ = (340_387_840, 865_910_724) if config == SD2_V else (123_060_480, 859_520_964 + extra)
+    assert counts == {"text_encoder": text, "unet": unet_, "vae": 83_653_863}
     for size in sizes:
         check_unet(parts["unet"], params["unet"], config, size, batch=1)
+    if config == SD2_V:
+        check_text_encoder(parts["text_encoder"], params["text_encoder"], config, 0)
     if config == SD1:  # the other parts are the same
         check_text_encoder(parts["text_encoder"], params["text_encoder"], config, 0)
         check_text_encoder(parts["text_encoder"], params["text_encoder"], config, 1)
