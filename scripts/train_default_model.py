@@ -1,13 +1,15 @@
 """Train the model that ships, end to end, on what `scripts/make_dataset.py` wrote:
 
-    python scripts/train_default_model.py clip vae unet export --data emoji64.npz --run runs/emoji
+    python scripts/train_default_model.py clip vae judge unet export --data emoji64.npz --run runs/emoji
 
 Stages, each resumed where it stopped when the command is given again:
 
   clip    a small CLIP on pictures and captions; its text encoder is the model's
   vae     the autoencoder
+  judge   the small CLIP's image tower further, the text encoder frozen, until it tells pictures that differ in style
+          or background alone; `benchmarks/default_model.py` asks it
   unet    the denoiser, on the latents of all training pictures, with the text encoder frozen
-  export  the running means of all three as one bfloat16 file, and the image tower as the second judge
+  export  the running means of all as two bfloat16 files: the model, and what the judge has besides
 
 `--start` takes what a run has not made itself from a model file: its text encoder and autoencoder, and the denoiser to
 go on from. So the model that ships can be trained further without the run that made it.
@@ -174,6 +176,59 @@ def train_vae(pictures: Pictures, run: Path, steps: int) -> loop.State:
     return loop.train(loss, muon(0.01, steps), params, batches, loop.Settings(steps, seed=2), run / "vae")
 
 
+def train_judge(pictures: Pictures, run: Path, steps: int) -> loop.State:
+    """The contrast is with near misses, and the pictures are spoilt in ways that do not change what they show."""
+    model, vae, threes = CLIP(CONFIG.text_encoder), VAE(CONFIG.vae), 64
+    towers = dict(loop.latest(run / "clip").ema)
+    frozen = {"text_encoder": towers.pop("text_encoder"), "vae": loop.latest(run / "vae").ema}
+    known = {tuple(triple): i for i, triple in enumerate(pictures.triples.tolist())}
+
+    def loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        images, tokens, frozen = batch
+        for_order, for_size, for_latents, for_contrast, for_light, for_noise = jax.random.split(key, 6)
+        # Half of them as the autoencoder decodes latents that are not quite right: what a model draws is no sharper.
+        order = jax.random.permutation(for_order, len(images))
+        images, tokens, soft = images[order], tokens[order], len(images) // 2
+        mean, _ = vae.apply({"params": frozen["vae"]}, images[:soft], method="encode")
+        size = jax.random.uniform(for_size, (soft, 1, 1, 1), maxval=0.6) * mean.std()
+        mean = mean + size * jax.random.normal(for_latents, mean.shape)
+        images = images.at[:soft].set(vae.apply({"params": frozen["vae"]}, mean, method="decode"))
+        contrast = jax.random.uniform(for_contrast, (len(images), 1, 1, 1), minval=0.8, maxval=1.3)
+        light = 0.05 * jax.random.normal(for_light, (len(images), 1, 1, 3))
+        centre = images.mean((1, 2, 3), keepdims=True)
+        images = jnp.clip(centre + contrast * (images - centre) + light, -1.0, 1.0)
+        images = images + 0.05 * jax.random.normal(for_noise, images.shape)
+        params = {**params, "text_encoder": frozen["text_encoder"]}
+        return losses.contrastive_loss(*model.apply({"params": params}, images, tokens))
+
+    def near_misses(step: int) -> list[tuple[int, int, int]]:
+        """Combinations, each with one that differs in style alone and one in colour alone, where there are such."""
+        rng = np.random.default_rng((SPLIT_SEED, step))
+        chosen: dict[tuple[int, int, int], None] = {}  # in order, each once: equal captions would contradict
+        for i in rng.permutation(len(pictures)):
+            concept, style, colour = (int(x) for x in pictures.triples[i])
+            for triple in (
+                (concept, style, colour),
+                (concept, 1 - style, colour),
+                (concept, style, int(rng.integers(len(data.COLOURS)))),
+            ):
+                if triple in known:
+                    chosen[triple] = None
+            if len(chosen) >= 3 * threes:
+                break
+        return list(chosen)[: 3 * threes]
+
+    def batches(step: int) -> Any:
+        chosen = near_misses(step)
+        names, colours = data.concepts(pictures.dataset), list(data.COLOURS)
+        tokens = pictures.tokenizer([data.canonical(names[c], data.STYLES[s], colours[k]) for c, s, k in chosen])
+        return to_model(data.render(pictures.dataset, np.array(chosen))), tokens[:, :LONGEST_CAPTION], frozen
+
+    params = jax.tree.map(jnp.asarray, towers)
+    settings = loop.Settings(steps, seed=4, ema_decay=0.98)
+    return loop.train(loss, muon(0.005, steps, falling=1.0), params, batches, settings, run / "judge")
+
+
 def encode_all(pictures: Pictures, vae: Any) -> tuple[np.ndarray, float]:
     """Every training picture's latents, the mean of q(z | x), scaled to a standard deviation of 1; and the scale."""
     encode = jax.jit(lambda params, x: VAE(CONFIG.vae).apply({"params": params}, x, method="encode")[0])
@@ -237,11 +292,10 @@ def initial(init: Callable[[jax.Array], Any], seed: int) -> Any:
 
 
 def export(pictures: Pictures, run: Path, model: Path, judge: Path, start: Path | None) -> None:
-    """Writes the model, and what the second judge has besides the model's text encoder, in bfloat16."""
+    """Writes the model and, where the run has one, what the judge has besides the model's text encoder, in bfloat16."""
     clip, vae, unet = (made(run, stage, start) for stage in ("clip", "vae", "unet"))
-    if "image_encoder" in clip:
-        towers = {name: part for name, part in clip.items() if name != "text_encoder"}
-        native.save(judge, towers, CONFIG, dtype="bfloat16")
+    if (run / "judge").is_dir():
+        native.save(judge, loop.latest(run / "judge").ema, CONFIG, dtype="bfloat16")
 
     embedding = clip["text_encoder"]["embeddings"]["token_embedding"]
     seen = pictures.tokenizer([caption for name in data.concepts(pictures.dataset) for caption in data.captions(name)])
@@ -257,7 +311,7 @@ def export(pictures: Pictures, run: Path, model: Path, judge: Path, start: Path 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="+", choices=["clip", "vae", "unet", "export"])
+    parser.add_argument("stages", nargs="+", choices=["clip", "vae", "judge", "unet", "export"])
     parser.add_argument("--data", type=Path, required=True, help="what scripts/make_dataset.py wrote")
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints and metrics, made if missing")
     parser.add_argument("--start", type=Path, help="a model file, in place of stages that the run has not made")
@@ -265,6 +319,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, default=Path("benchmarks/judge.safetensors"))
     parser.add_argument("--clip-steps", type=int, default=900)
     parser.add_argument("--vae-steps", type=int, default=2000)
+    parser.add_argument("--judge-steps", type=int, default=400)
     parser.add_argument("--unet-steps", type=int, default=12000)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -273,6 +328,7 @@ def main() -> None:
     trainers = {
         "clip": (train_clip, arguments.clip_steps),
         "vae": (train_vae, arguments.vae_steps),
+        "judge": (train_judge, arguments.judge_steps),
         "unet": (functools.partial(train_unet, start=arguments.start), arguments.unet_steps),
     }
     for stage in arguments.stages:

@@ -96,8 +96,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--seed: the last of {len(seeds)} pictures would get a seed above 2^64 - 1")
     targets = outputs.targets(arguments.output, prompts, seeds)
     settings = _settings(arguments, old)
-    if old is not None and arguments.model is None and old.model != "default":
+    if old is not None and arguments.model is None and old.model.split(" + ")[0] != "default":
         raise ValueError(f"--model: the picture was made with {old.model!r}; say where that file is")
+    if old is not None and " + " in old.model and not arguments.lora:
+        raise ValueError(f"--lora: the picture was made with {old.model!r}; say where those files are")
     if arguments.model is not None and not os.path.exists(arguments.model):
         raise ValueError(f"--model: there is no {arguments.model}")
 
@@ -105,6 +107,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     from sdjax import generation, guidance, pipeline
 
     model = pipeline.load(arguments.model, dtype=arguments.dtype or (old.dtype if old else None))
+    for path, weight in arguments.lora:
+        model = model.with_lora(path, weight)
     if old is not None:
         for difference in recipe.differences(old, model, generation.versions()):
             _say(difference)

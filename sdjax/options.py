@@ -126,6 +126,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("how").add_argument
     add("--model", metavar="PATH", help="a checkpoint: file or folder (default: the model that ships)")
+    lora = "a LoRA for this model, and how strong it is (default: 1); may be repeated"
+    add("--lora", type=_file_and_weight, action="append", default=[], metavar="FILE[:X]", help=lora)
     steps: dict[str, Any] = {"dest": "num_inference_steps", "type": whole, "metavar": "N"}
     add("--steps", "--num-inference-steps", **steps, help="of the sampler (default: 50)")
     scale = "how closely to follow the prompt; one, or one per step as X,X,X (default: 7.5)"
@@ -178,6 +180,14 @@ def _number(kind: Callable[[str], Any], least: float, most: float = math.inf) ->
         return value
 
     return parse
+
+
+def _file_and_weight(text: str) -> tuple[str, float]:
+    path, _, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0  # a colon of the file's name
 
 
 def _scales(text: str) -> float | tuple[float, ...]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sdjax import checkpoints, samplers
+from sdjax.models import low_rank
 from sdjax.models.config import Config
 from sdjax.models.layers import apply
 from sdjax.models.text_encoder import TextEncoder
@@ -41,6 +43,14 @@ def _vae(config: Config, dtype: str, params: Params, method: str, x: jax.Array) 
     return apply(VAE(config.vae, jnp.dtype(dtype)), params["vae"], x, method=method)
 
 
+class Lora(NamedTuple):
+    """One that a model has beside its weights."""
+
+    name: str
+    digest: str
+    weight: float
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class StableDiffusion:
     """A model: its configuration, its weights, and its parts as functions. All arrays are channels-last.
@@ -50,16 +60,68 @@ class StableDiffusion:
       params: a dict of `text_encoder`, `unet` and `vae`, each a nested dict of arrays.
       tokenizer: texts -> token ids.
       dtype: of computation, "float32" or "bfloat16".
-      source: the name of what the model was loaded from, for recipes.
-      fingerprint: a digest of samples of the weights as they are computed with; another model has another.
+      file: the name of what the model was loaded from.
+      digest: of samples of its weights as they are computed with.
+      loras: what `with_lora` added, in this order.
     """
 
     config: Config
     params: Params
     tokenizer: Tokenizer
     dtype: str
-    source: str
-    fingerprint: str
+    file: str
+    digest: str
+    loras: tuple[Lora, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """What the model was made of, for recipes."""
+        return " + ".join([self.file, *(f"{lora.name}:{lora.weight:g}" for lora in self.loras)])
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits; another model has others."""
+        if not self.loras:
+            return self.digest
+        parts = [self.digest, *(f"{lora.digest}:{lora.weight!r}" for lora in self.loras)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+    def with_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> StableDiffusion:
+        """The same model with a LoRA beside its weights: kohya's, diffusers' or PEFT's file for this kind of model.
+
+        It is computed along with every product, so that its weight stays an argument of the program: `with_lora_weight`
+        compiles nothing. `with_loras_merged` makes it cost nothing instead.
+
+        Args:
+          path: of the file.
+          weight: factor of what it changes; any number, 1 is what it was trained for.
+          name: to call it by; None takes the file's, without its ending.
+
+        Raises:
+          ValueError: the weight is no finite number; there is a LoRA of this name.
+          CheckpointError: it is no such file, or not for this model; nothing of it is taken then.
+        """
+        path = Path(path)
+        name = path.stem if name is None else name
+        weight = _weight(weight)
+        leaves = checkpoints.flatten(shapes(self.config))
+        changes = checkpoints.lora.read(path, self.config, leaves)
+        params = low_rank.attach(self.params, name, changes, weight)
+        lora = Lora(name, _digest(changes), weight)
+        return dataclasses.replace(self, params=params, loras=(*self.loras, lora))
+
+    def with_lora_weight(self, name: str, weight: float) -> StableDiffusion:
+        """The same model with another weight for one of its LoRAs. Raises ValueError where there is none so called."""
+        weight = _weight(weight)
+        params = low_rank.weigh(self.params, name, weight)
+        loras = tuple(lora._replace(weight=weight) if lora.name == name else lora for lora in self.loras)
+        return dataclasses.replace(self, params=params, loras=loras)
+
+    def with_loras_merged(self) -> StableDiffusion:
+        """The same model with its LoRAs added into its weights: as fast as without, and no longer to be weighed."""
+        return dataclasses.replace(
+            self, params=low_rank.fold(self.params), file=self.source, digest=self.fingerprint, loras=()
+        )
 
     def place(self, mesh: jax.sharding.Mesh) -> StableDiffusion:
         """The same model with its weights on every device of the mesh; `generate(mesh=)` then has nothing to move."""
@@ -96,8 +158,8 @@ class StableDiffusion:
         return _vae(self.config, self.dtype, self.params, "decode", z)
 
     def save(self, path: str | Path) -> None:
-        """Writes config and weights as one native safetensors file, whole or not at all."""
-        checkpoints.save(path, self.params, self.config)
+        """Writes config and weights, LoRAs merged, as one native safetensors file, whole or not at all."""
+        checkpoints.save(path, low_rank.fold(self.params), self.config)
 
     def schedule(self) -> Schedule:
         """The noise schedule that the model was trained with."""
@@ -171,13 +233,19 @@ def load(
     # Already of this dtype, a file's memory-mapped arrays are used as they lie.
     params = jax.tree.map(jax.device_put, host)
     name = "default" if path is None else source.name
-    return StableDiffusion(config, params, Tokenizer(config.text_encoder.padding_id), dtype, name, _fingerprint(host))
+    return StableDiffusion(config, params, Tokenizer(config.text_encoder.padding_id), dtype, name, _digest(host))
 
 
-def _fingerprint(params: Params) -> str:
+def _weight(weight: Any) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise ValueError(f"weight: expected a finite number, got {weight!r}")
+    return float(weight)
+
+
+def _digest(params: Params) -> str:
     """16 hexadecimal digits from the names, shapes and dtypes of all tensors, and the first 4 KiB of each."""
     digest = hashlib.sha256()
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         digest.update(f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}".encode())
-        digest.update(x.reshape(-1)[: 4096 // x.itemsize].tobytes())
+        digest.update(np.ascontiguousarray(x.reshape(-1)[: 4096 // x.itemsize]).tobytes())
     return digest.hexdigest()[:16]

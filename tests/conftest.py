@@ -26,6 +26,20 @@ def live_weights(config, seed=0):
     return jax.tree_util.tree_map_with_path(draw, pipeline.shapes(config))
 
 
+@pytest.fixture
+def compilations():
+    """What was compiled since the test began, eager operations included; a list that grows."""
+    events = []
+
+    def listen(event, duration, **_):
+        if "compile" in event and "backend" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture(scope="session")
 def tiny_file(tmp_path_factory):
     """A native file of a tiny model with random live weights."""

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints import configurations, contents, identity, names, native, weights
+from sdjax.checkpoints import configurations, contents, identity, lora, names, native, weights
 from sdjax.checkpoints import prediction as predictions
 from sdjax.checkpoints.contents import Contents
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.names import Kind, Source
-from sdjax.checkpoints.native import save
+from sdjax.checkpoints.native import flatten, save
 from sdjax.models.config import Config
 
-__all__ = ["CheckpointError", "convert", "describe", "export", "load", "save"]
+__all__ = ["CheckpointError", "convert", "describe", "export", "flatten", "load", "lora", "save"]
 
 Path_ = str | os.PathLike[str]
 Params = dict[str, Any]

@@ -65,11 +65,11 @@ def assemble(
         "twice, under two names": [name for name in tensors if spelt[spelling(name)] != name],
     }
     if any(problems.values()):
-        lists = "; ".join(f"{what} ({len(items)}): {_shorten(items)}" for what, items in problems.items() if items)
+        lists = "; ".join(f"{what} ({len(items)}): {shorten(items)}" for what, items in problems.items() if items)
         raise CheckpointError(f"{path}: its tensors are not those of the model: {lists}")
     if nonfinite := {spelt[sources[target].name] for target, tensor in found.items() if not is_finite(tensor)}:
         raise CheckpointError(
-            f"{path}: NaN or infinity in {len(nonfinite)} of its tensors: {_shorten(nonfinite)}; the file is damaged,"
+            f"{path}: NaN or infinity in {len(nonfinite)} of its tensors: {shorten(nonfinite)}; the file is damaged,"
             " or its training had failed"
         )
     return {target: sources[target].kind.to_ours(tensor) for target, tensor in found.items()}
@@ -95,6 +95,7 @@ def is_finite(x: np.ndarray) -> bool:
     return not any(((flat[start : start + CHUNK] & infinity) == infinity).any() for start in range(0, flat.size, CHUNK))
 
 
-def _shorten(items: Collection[str]) -> str:
+def shorten(items: Collection[str]) -> str:
+    """Names for a message: the first few, and how many more there are."""
     shown = ", ".join(f"{item:.160}" for item in sorted(items)[:SHOWN])
     return f"{shown} and {len(items) - SHOWN} more" if len(items) > SHOWN else shown

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sdjax.models.low_rank import changes_of
 from sdjax.ops.attention import attention
 from sdjax.ops.convolution import Padding, convolution
 from sdjax.ops.normalization import group_norm, layer_norm
@@ -22,6 +23,12 @@ def apply(module: nn.Module, params: Any, *arguments: Any, **options: Any) -> An
     return module.apply({"params": params}, *arguments, **options)
 
 
+def matmul(x: jax.Array, kernel: jax.Array, dtype: Dtype) -> jax.Array:
+    """(..., I), (I, O) -> (..., O) float32, of factors in `dtype`."""
+    contract_last = (((x.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(x.astype(dtype), kernel.astype(dtype), contract_last, preferred_element_type=jnp.float32)
+
+
 class Dense(nn.Module):
     """x W + b over the last axis, (..., I) -> (..., O); products are summed in float32."""
 
@@ -32,10 +39,10 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        contract_last = (((x.ndim - 1,), (0,)), ((), ()))
-        out = lax.dot_general(
-            x.astype(self.dtype), kernel.astype(self.dtype), contract_last, preferred_element_type=jnp.float32
-        )
+        out = matmul(x, kernel, self.dtype)
+        for change in changes_of(self):
+            low = matmul(x, change["down"], self.dtype)
+            out = out + change["weight"] * matmul(low, change["up"], self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             out = out + bias.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -57,6 +64,9 @@ class Conv(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         out = convolution(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
+        for change in changes_of(self):
+            low = convolution(x.astype(self.dtype), change["down"].astype(self.dtype), self.stride, self.padding)
+            out = out + (change["weight"] * matmul(low, change["up"], self.dtype)).astype(self.dtype)
         return out + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
 
