@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +52,13 @@ class Lora(NamedTuple):
     weight: float
 
 
+class Embedding(NamedTuple):
+    """A textual inversion that a model has."""
+
+    word: str
+    digest: str
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class StableDiffusion:
     """A model: its configuration, its weights, and its parts as functions. All arrays are channels-last.
@@ -63,6 +71,7 @@ class StableDiffusion:
       file: the name of what the model was loaded from.
       digest: of samples of its weights as they are computed with.
       loras: what `with_lora` added, in this order.
+      embeddings: what `with_embedding` added.
     """
 
     config: Config
@@ -72,18 +81,21 @@ class StableDiffusion:
     file: str
     digest: str
     loras: tuple[Lora, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
 
     @property
     def source(self) -> str:
         """What the model was made of, for recipes."""
-        return " + ".join([self.file, *(f"{lora.name}:{lora.weight:g}" for lora in self.loras)])
+        loras = (f"{lora.name}:{lora.weight:g}" for lora in self.loras)
+        return " + ".join([self.file, *loras, *(embedding.word for embedding in self.embeddings)])
 
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits; another model has others."""
-        if not self.loras:
+        if not (self.loras or self.embeddings):
             return self.digest
-        parts = [self.digest, *(f"{lora.digest}:{lora.weight!r}" for lora in self.loras)]
+        loras = (f"{lora.digest}:{lora.weight!r}" for lora in self.loras)
+        parts = [self.digest, *loras, *(f"{embedding.word}:{embedding.digest}" for embedding in self.embeddings)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def with_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> StableDiffusion:
@@ -119,8 +131,42 @@ class StableDiffusion:
 
     def with_loras_merged(self) -> StableDiffusion:
         """The same model with its LoRAs added into its weights: as fast as without, and no longer to be weighed."""
+        bare = dataclasses.replace(self, embeddings=())
         return dataclasses.replace(
-            self, params=low_rank.fold(self.params), file=self.source, digest=self.fingerprint, loras=()
+            self, params=low_rank.fold(self.params), file=bare.source, digest=bare.fingerprint, loras=()
+        )
+
+    def with_embedding(self, path: str | Path, word: str | None = None) -> StableDiffusion:
+        """The same model with a textual inversion: a word that its prompts may use, of one or several tokens.
+
+        Args:
+          path: of the web UI's `.pt` or `.safetensors`, or of diffusers' `.bin` or `.safetensors`.
+          word: what stands for it in prompts, in any case; None takes what the file says, or its name.
+
+        Raises:
+          ValueError: the word is empty, has white space or brackets in it, or the model has it already.
+          CheckpointError: it is no such file, or its vectors are for another model.
+        """
+        own, vectors = checkpoints.textual_inversion.read(Path(path), self.config.text_encoder.width)
+        word = own if word is None else word
+        if not re.fullmatch(r"[^\s()\[\]|:,]+", word):
+            raise ValueError(f"word: expected one without white space, brackets, colons and commas, got {word!r}")
+        if word.casefold() in {known.casefold() for known, _ in self.tokenizer.words}:
+            raise ValueError(f"word: the model has {word!r} already; choose another")
+        table = self.params["text_encoder"]["embeddings"]["token_embedding"]["embedding"]
+        first = len(table)
+        ids = tuple(range(first, first + len(vectors)))
+        table = jnp.concatenate([table, jnp.asarray(vectors, table.dtype)])
+        text_encoder = dict(self.params["text_encoder"])
+        text_encoder["embeddings"] = {**text_encoder["embeddings"], "token_embedding": {"embedding": table}}
+        return dataclasses.replace(
+            self,
+            config=dataclasses.replace(
+                self.config, text_encoder=dataclasses.replace(self.config.text_encoder, vocab_size=len(table))
+            ),
+            params={**self.params, "text_encoder": text_encoder},
+            tokenizer=dataclasses.replace(self.tokenizer, words=(*self.tokenizer.words, (word, ids))),
+            embeddings=(*self.embeddings, Embedding(word, _digest(vectors))),
         )
 
     def place(self, mesh: jax.sharding.Mesh) -> StableDiffusion:
@@ -158,7 +204,14 @@ class StableDiffusion:
         return _vae(self.config, self.dtype, self.params, "decode", z)
 
     def save(self, path: str | Path) -> None:
-        """Writes config and weights, LoRAs merged, as one native safetensors file, whole or not at all."""
+        """Writes config and weights, LoRAs merged, as one native safetensors file, whole or not at all.
+
+        Raises:
+          ValueError: the model has textual inversions: the format has no words, and their files remain.
+        """
+        if self.embeddings:
+            words = ", ".join(embedding.word for embedding in self.embeddings)
+            raise ValueError(f"a model file has no words of textual inversions ({words}); save the model without them")
         checkpoints.save(path, low_rank.fold(self.params), self.config)
 
     def schedule(self) -> Schedule:

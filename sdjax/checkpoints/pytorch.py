@@ -46,8 +46,9 @@ class Member(NamedTuple):
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """The tensors of a saved state dict, mapped from the file read-only, and the names saved beside them.
 
-    The state dict is the saved object itself, or its entry "state_dict" as Lightning writes it. Whatever else was
-    saved (callbacks, optimizers, numpy scalars) is passed over. Nothing in the file is executed.
+    The state dict is the saved object itself, or an entry of it: "state_dict" as Lightning writes it, or
+    "string_to_param", the vectors of a textual inversion. Whatever else was saved (callbacks, optimizers, numpy
+    scalars) is passed over. Nothing in the file is executed.
 
     Returns:
       The arrays by name, and the strings that are keys of what is no tensor, in the state dict or beside it.
@@ -58,9 +59,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], tuple[str
     data, members = _archive(path)
     saved = _pickle(path, data, members)
     outer = tuple(key for key in saved if isinstance(key, str))
-    state = saved.get("state_dict", saved)
+    entry = next((entry for entry in ("state_dict", "string_to_param") if entry in saved), None)
+    state = saved if entry is None else saved[entry]
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: its state_dict is not a dict of tensors")
+        raise CheckpointError(f"{path}: its {entry} is not a dict of tensors")
     state = {key: _without_parameter(value) for key, value in state.items() if isinstance(key, str)}
     tensors = {key: value for key, value in state.items() if isinstance(value, Call) and value.name in TENSORS}
     for key, value in state.items():

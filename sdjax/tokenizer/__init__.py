@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -37,9 +38,12 @@ class Tokenizer:
 
     Attributes:
         padding_id: the end token again in OpenAI's CLIP and Stable Diffusion 1, 0 in OpenCLIP and Stable Diffusion 2.
+        words: of textual inversions, in any case, each with the ids it stands for. They are found before all else,
+            where no letter, digit or underscore goes on before or after them.
     """
 
     padding_id: int = END_ID
+    words: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __call__(self, texts: str | Sequence[str]) -> np.ndarray:
         """One window per text: int32 (B, 77). Raises ValueError for a text of more than 75 tokens."""
@@ -87,7 +91,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of the text alone, however many, without start, end or padding."""
         _check("text", text)
-        return _bpe().encode(str(text), add_special_tokens=False).ids
+        parts = _words_in(self.words).split(str(text)) if self.words else [str(text)]
+        ids: list[int] = []
+        known = {word.casefold(): word_ids for word, word_ids in self.words}
+        for i, part in enumerate(parts):  # every second one is a word
+            ids += known[part.casefold()] if i % 2 else _bpe().encode(part, add_special_tokens=False).ids
+        return ids
 
     def count(self, text: str) -> int:
         """The number of tokens of the text, without start and end."""
@@ -132,6 +141,12 @@ def _shown(value: object) -> str:
     """The value's repr, short enough for an error message."""
     text = repr(value[:60] if isinstance(value, str) else value)
     return text if len(text) <= 70 else text[:66] + " ..."
+
+
+@functools.cache
+def _words_in(words: tuple[tuple[str, tuple[int, ...]], ...]) -> re.Pattern[str]:
+    longest_first = sorted((word for word, _ in words), key=len, reverse=True)
+    return re.compile(rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
 
 
 @functools.cache
