@@ -107,6 +107,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     from sdjax import generation, guidance, pipeline
 
     model = pipeline.load(arguments.model, dtype=arguments.dtype or (old.dtype if old else None))
+    if arguments.vae is not None:
+        model = model.with_part(arguments.vae, "vae")
     for path, weight in arguments.lora:
         model = model.with_lora(path, weight)
     if old is not None:

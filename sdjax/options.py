@@ -126,6 +126,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("how").add_argument
     add("--model", metavar="PATH", help="a checkpoint: file or folder (default: the model that ships)")
+    add("--vae", metavar="PATH", help="another autoencoder for the model: file or folder")
     lora = "a LoRA for this model, and how strong it is (default: 1); may be repeated"
     add("--lora", type=_file_and_weight, action="append", default=[], metavar="FILE[:X]", help=lora)
     steps: dict[str, Any] = {"dest": "num_inference_steps", "type": whole, "metavar": "N"}

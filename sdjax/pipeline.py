@@ -169,6 +169,33 @@ class StableDiffusion:
             embeddings=(*self.embeddings, Embedding(word, _digest(vectors))),
         )
 
+    def with_part(self, path: str | Path, part: str | None = None) -> StableDiffusion:
+        """The same model with another autoencoder (`vae-ft-mse-840000`), UNet or text encoder.
+
+        Args:
+          path: of the part's own file or diffusers folder, or of a whole checkpoint of the same kind of model.
+          part: "vae", "unet" or "text_encoder"; None takes the one that is there.
+
+        Raises:
+          ValueError: the part is another; or it would take LoRAs or textual inversions away with it.
+          CheckpointError: it is no such part for this model, or it has several and none is chosen.
+        """
+        if part not in (None, *checkpoints.parts.CALLED):
+            raise ValueError(f"part: expected one of {', '.join(checkpoints.parts.CALLED)}, got {part!r}")
+        path = Path(path)
+        part, config, found = checkpoints.parts.read(path, part, self.config, shapes)
+        if (self.loras and part != "vae") or (self.embeddings and part == "text_encoder"):
+            raise ValueError(f"part: the model's LoRAs or textual inversions are in its {part}; add them after it")
+        host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(self.dtype)), found)
+        return dataclasses.replace(
+            self,
+            config=config,
+            params={**self.params, part: jax.tree.map(jax.device_put, host)},
+            tokenizer=Tokenizer(config.text_encoder.padding_id, self.tokenizer.words),
+            file=f"{self.file} + {path.name}",
+            digest=hashlib.sha256(f"{self.digest} {part} {_digest(host)}".encode()).hexdigest()[:16],
+        )
+
     def place(self, mesh: jax.sharding.Mesh) -> StableDiffusion:
         """The same model with its weights on every device of the mesh; `generate(mesh=)` then has nothing to move."""
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints import configurations, contents, identity, lora, names, native, textual_inversion, weights
+from sdjax.checkpoints import configurations, contents, identity, lora, names, native, parts, textual_inversion, weights
 from sdjax.checkpoints import prediction as predictions
 from sdjax.checkpoints.contents import Contents
 from sdjax.checkpoints.errors import CheckpointError
@@ -24,7 +24,18 @@ from sdjax.checkpoints.names import Kind, Source
 from sdjax.checkpoints.native import flatten, save
 from sdjax.models.config import Config
 
-__all__ = ["CheckpointError", "convert", "describe", "export", "flatten", "load", "lora", "save", "textual_inversion"]
+__all__ = [
+    "CheckpointError",
+    "convert",
+    "describe",
+    "export",
+    "flatten",
+    "load",
+    "lora",
+    "parts",
+    "save",
+    "textual_inversion",
+]
 
 Path_ = str | os.PathLike[str]
 Params = dict[str, Any]

@@ -130,6 +130,34 @@ def read_folder(folder: Path) -> Config:
     return config
 
 
+def read_part(path: Path) -> tuple[str, Any]:
+    """Which part of a model a `config.json` is of, "text_encoder", "unet" or "vae", and its configuration.
+
+    Raises:
+      CheckpointError: the file is missing or malformed, or of another model.
+    """
+    fields = read_json(path)
+    kind = fields.get("_class_name") or fields.get("model_type")
+    kinds = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "clip_text_model": "text_encoder"}
+    if kind not in kinds:
+        raise CheckpointError(f"{path}: it configures {kind!r:.60}; parts of a model are {', '.join(kinds)}")
+    try:
+        if kinds[kind] == "unet":
+            _refuse_others(path, fields, UNET_FIXED)
+            own = _unet(path, fields)
+        elif kinds[kind] == "vae":
+            _refuse_others(path, fields, VAE_FIXED)
+            own = _vae(path, fields)
+        else:
+            _refuse_others(path, fields, TEXT_ENCODER_FIXED)
+            own = {**_text_encoder(fields), "padding_id": _padding(path.parent.parent / "tokenizer", fields)}
+        return kinds[kind], getattr(Config.from_dict({kinds[kind]: own}), kinds[kind])
+    except KeyError as error:
+        raise CheckpointError(f"{path}: it lacks, or has an unknown, {error}") from error
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: it cannot be read: {error}") from error
+
+
 def _text_encoder(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "vocab_size": fields["vocab_size"],

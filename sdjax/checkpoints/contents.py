@@ -133,9 +133,17 @@ def _read_folder(path: Path) -> Contents:
     index = configurations.read_json(path / "model_index.json")
     tensors: dict[str, np.ndarray] = {}
     for part in PARTS:
-        for file in _weights(path / part, STEMS[part]):
-            tensors |= {f"{part}.{name}": array for name, array in _read_file(file).tensors.items()}
+        tensors |= {f"{part}.{name}": array for name, array in read_part(path / part, part).items()}
     return Contents(FOLDER, tensors, index)
+
+
+def read_part(folder: Path, part: str) -> dict[str, np.ndarray]:
+    """The tensors in a diffusers folder's subfolder: "text_encoder", "unet" or "vae".
+
+    Raises:
+      CheckpointError: there are none, or they cannot be read.
+    """
+    return {name: array for file in _weights(folder, STEMS[part]) for name, array in _read_file(file).tensors.items()}
 
 
 def _weights(folder: Path, stems: tuple[str, ...]) -> list[Path]:

@@ -148,6 +148,8 @@ BUFFERS = (
     r"(sqrt_recip_|sqrt_recipm1_|sqrt_|sqrt_one_minus_|log_one_minus_)?alphas_cumprod(_prev)?",
     r"posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)",
     r"logvar",
+    # What an autoencoder was trained by.
+    r"first_stage_model\.(loss|model_ema)\..*",
     # Counters and indices.
     r"model_ema\.(decay|num_updates)",
     r"(cond_stage_model\.transformer|text_encoder)\.text_model\.embeddings\.position_ids",
