@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sdjax import samplers as samplers
     from sdjax import spacings as spacings
     from sdjax.checkpoints.errors import CheckpointError as CheckpointError
+    from sdjax.control import Control as Control
     from sdjax.generation import generate as generate
     from sdjax.pipeline import StableDiffusion as StableDiffusion
     from sdjax.pipeline import load as load
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 # Where each public name lives; it is imported when it is first asked for, so that `import sdjax` costs nothing.
 _HOMES = {
     "CheckpointError": "sdjax.checkpoints.errors",
+    "Control": "sdjax.control",
     "Schedule": "sdjax.schedule",
     "StableDiffusion": "sdjax.pipeline",
     "generate": "sdjax.generation",

@@ -104,13 +104,21 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--model: there is no {arguments.model}")
 
     # From here on it takes seconds.
-    from sdjax import generation, guidance, pipeline
+    from sdjax import control, generation, guidance, pipeline
 
     model = pipeline.load(arguments.model, dtype=arguments.dtype or (old.dtype if old else None))
     if arguments.vae is not None:
         model = model.with_part(arguments.vae, "vae")
     for path, weight in arguments.lora:
         model = model.with_lora(path, weight)
+    controls = {}
+    scales = arguments.control_scale or [1.0] * len(arguments.controlnet)
+    for i, (path, hint, scale) in enumerate(zip(arguments.controlnet, arguments.control_image, scales, strict=True)):
+        name = f"{Path(path).stem} {i + 1}" if Path(path).stem in controls else Path(path).stem
+        model = model.with_controlnet(path, name)
+        controls[name] = control.Control(hint, scale)
+    if controls:
+        settings["controls"] = controls
     if old is not None:
         for difference in recipe.differences(old, model, generation.versions()):
             _say(difference)
@@ -185,8 +193,16 @@ def _settings(arguments: argparse.Namespace, old: Recipe | None) -> dict[str, An
         settings["regions"] = [images.load_mask(path, name="--regions") for path in arguments.regions]
     elif old is not None and old.regions_sha256 is not None:
         raise ValueError("--regions: the picture was made with masks that its recipe has not; give them again")
+    if old is not None and old.controls:
+        raise ValueError("--from: the picture followed a ControlNet's, which its recipe has not; use sdjax.generate")
     if arguments.mask_image is not None and arguments.image is None:
         raise ValueError("--mask-image: it concerns an --image, and there is none")
+    nets, hints, scales = arguments.controlnet, arguments.control_image, arguments.control_scale
+    if len(nets) != len(hints) or len(scales) not in (0, len(nets)):
+        raise ValueError(
+            f"--controlnet: there are {len(nets)}, {len(hints)} --control-image, {len(scales)} --control-scale"
+        )
+    arguments.control_image = [images.load_image(path, name="--control-image") for path in hints]
     interactive = sys.stderr.isatty() and not arguments.no_progress
     stepwise = interactive if old is None else old.driver == "stepwise"
     settings["progress"] = stepwise and interactive

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 from tqdm import tqdm
 
-from sdjax import arguments, compilation_cache, images, noise, pipeline, program, samplers
+from sdjax import arguments, compilation_cache, control, images, noise, pipeline, program, samplers
 from sdjax import guidance as guidance_functions
 from sdjax.canvas import Canvas, PictureSource, read_canvases
 from sdjax.pipeline import StableDiffusion
@@ -43,6 +43,7 @@ class Task(NamedTuple):
     empty: Conditioning | None
     canvases: list[Canvas] | None
     latents: np.ndarray | None  # (N, h, w, z)
+    controls: list[program.Control]  # of N pictures
 
 
 def generate(
@@ -73,6 +74,7 @@ def generate(
     exact_steps: bool = False,
     brownian: bool = False,
     regions: Sequence[PictureSource] | None = None,
+    controls: Mapping[str, control.Control] | None = None,
 ) -> list[Image.Image] | np.ndarray:
     """Pictures of what the prompts say.
 
@@ -113,6 +115,8 @@ def generate(
       brownian: the noises that the sampler adds are one Brownian motion per picture, so that a run of half as many
         steps follows the same path; else they are drawn independently, step by step.
       regions: a mask for each of the prompts that AND joins, white where it counts; all are of one number.
+      controls: what the model's ControlNets are to follow, by the names they have there; those that are not named are
+        not run.
 
     Returns:
       A list of PIL pictures, each with its recipe in `.info`; or an array, see `output_type`. After Ctrl-C, what
@@ -175,6 +179,7 @@ def generate(
     )
     if padding_mask_crop is not None and output_type != "pil":
         raise ValueError('padding_mask_crop: pictures keep their own sizes; take output_type "pil"')
+    followed = control.read(controls, list(model.controls), len(prompts), (height, width), steps)
     shown = prompts if guide.perpendicular is None else [*prompts, ""]  # for one number of windows in both
     conditioning, negative = encode(model.tokenizer, shown, negatives if guided else None, steps)
     empty = None
@@ -183,7 +188,7 @@ def generate(
         conditioning = jax.tree.map(lambda part: part[:-1], conditioning)
     positive = _per_picture(conditioning, repeats, rows)
     decoded = output_type != "latent"
-    job = Job(config, model.dtype, height, width, guided, clip_skip, decoded, brownian, options.loss)
+    job = Job(config, model.dtype, height, width, guided, clip_skip, decoded, brownian, options.loss, tuple(followed))
     if regions is not None:
         positive = positive._replace(composition=_regions(regions, positive.composition, job.latent_shape))
     each = functools.partial(arguments.one_per_picture, repeats=repeats)
@@ -196,11 +201,22 @@ def generate(
         empty=None if empty is None else _per_picture(empty, repeats, rows),
         canvases=None if canvases is None else each(canvases),
         latents=arguments.start_noise(latents, (count, *job.latent_shape)),
+        controls=[
+            program.Control(np.repeat(pixels, repeats, 0), _by_row(scales, rows))
+            for pixels, scales in followed.values()
+        ],
     )
+    if mesh is not None:
+        # Whatever kinds of axes a mesh has, the compiler here chooses the shardings (`jax.make_mesh` makes others).
+        mesh = Mesh(mesh.devices, mesh.axis_names)
+        model = model.place(mesh)
+    params = model.params
+    if followed:
+        params = {**params, "controls": {name: model.controls[name] for name in followed}}
     size = min(count, DEFAULT_BATCH) if batch_size is None else arguments.whole("batch_size", batch_size, 1)
     devices = 1 if mesh is None else mesh.size
     size = -(-size // devices) * devices
-    arguments.fits_in_memory(config, model.dtype, height, width, size // devices, model.params)
+    arguments.fits_in_memory(config, model.dtype, height, width, size // devices, params)
 
     stepwise = progress or callback is not None
     common = Recipe(
@@ -216,7 +232,7 @@ def generate(
         height=height,
         width=width,
         rescale=float(options.rescale),
-        model=model.source,
+        model=model.source[:300],
         model_sha256=model.fingerprint,
         dtype=model.dtype,
         driver="stepwise" if stepwise else "scan",
@@ -233,9 +249,9 @@ def generate(
         exact_steps=exact_steps,
         brownian=brownian,
         regions_sha256=None if regions is None else _digest(positive.composition),
+        controls={name: _followed(controls[name], model.controls[name]) for name in followed} if controls else {},
     )
 
-    params = model.params if mesh is None else model.place(mesh).params
     done: list[np.ndarray] = []
     try:
         with compilation_cache.enabled():
@@ -327,6 +343,20 @@ def _per_picture(conditioning: Conditioning, repeats: int, rows: samplers.Rows) 
     return jax.tree.map(lambda part: np.repeat(part, repeats, 0), by_row)
 
 
+def _by_row(scales: np.ndarray, rows: samplers.Rows) -> np.ndarray:
+    """Numbers for each of the user's steps, for each row of the sampler."""
+    return np.where(rows.active, scales[np.asarray(rows.step)], 0).astype(np.float32)
+
+
+def _followed(wish: control.Control, params: Any) -> dict[str, Any]:
+    """What a recipe says of a ControlNet; its picture is not in it."""
+    return {
+        "scale": _plain(wish.scale),
+        "interval": wish.interval,
+        "model_sha256": pipeline.digest(jax.tree.map(np.asarray, params)),
+    }
+
+
 def _inputs(task: Task, chosen: np.ndarray, rows: samplers.Rows, guide: Guide) -> Inputs:
     """The program's arguments for the pictures of these numbers."""
     prompts = (task.prompt, task.negative, task.empty)
@@ -344,6 +374,7 @@ def _inputs(task: Task, chosen: np.ndarray, rows: samplers.Rows, guide: Guide) -
         rows=rows,
         guide=guide,
         picture=picture,
+        controls=tuple(program.Control(each.hint[chosen], each.scale) for each in task.controls),
         start_noise=None if task.latents is None else task.latents[chosen],
     )
 
@@ -356,6 +387,10 @@ def _place(inputs: Inputs, mesh: Mesh | None) -> Inputs:
     everywhere = NamedSharding(mesh, PartitionSpec())
     common = {"rows", "guide"}
     placed = {k: jax.device_put(v, everywhere if k in common else shared) for k, v in inputs._asdict().items()}
+    placed["controls"] = tuple(
+        program.Control(jax.device_put(each.hint, shared), jax.device_put(each.scale, everywhere))
+        for each in inputs.controls
+    )
     return Inputs(**placed)
 
 

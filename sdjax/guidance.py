@@ -154,31 +154,34 @@ def limit(x0: jax.Array, threshold: Scalar, quantile: Scalar | None) -> jax.Arra
     return jnp.clip(x0, -size, size) * (threshold / size)
 
 
-def per_row(guidance_scale: float | Sequence[float], num_inference_steps: int, step: np.ndarray) -> np.ndarray:
+def per_row(
+    scale: float | Sequence[float], num_inference_steps: int, step: np.ndarray, name: str = "guidance_scale"
+) -> np.ndarray:
     """The scale of each row of a sampler's table.
 
     Args:
-      guidance_scale: a number, or `num_inference_steps` of them, one per step of the whole run: image-to-image
+      scale: a number, or `num_inference_steps` of them, one per step of the whole run: image-to-image
         begins in the middle and uses those from there on.
       step: (T,) `rows.step`, the user's step that each row belongs to.
+      name: of the argument, for messages.
 
     Returns:
-      (T,) float32. Guidance may be left out of the program when all of `guidance_scale` is at most 1.
+      (T,) float32. Guidance may be left out of the program when all of them are at most 1.
 
     Raises:
       ValueError: another length, or what is no finite number.
     """
     scales: list[Any]
-    if isinstance(guidance_scale, (Sequence, np.ndarray)) and np.ndim(guidance_scale):
-        scales = list(guidance_scale)
+    if isinstance(scale, (Sequence, np.ndarray)) and np.ndim(scale):
+        scales = list(scale)
     else:
-        scales = [guidance_scale] * num_inference_steps
+        scales = [scale] * num_inference_steps
     if len(scales) != num_inference_steps:
         raise ValueError(
-            f"guidance_scale: got {len(scales)} numbers for num_inference_steps={num_inference_steps};"
+            f"{name}: got {len(scales)} numbers for num_inference_steps={num_inference_steps};"
             " give one number, or one per step of the whole run"
         )
     for i, value in enumerate(scales):
         if not (isinstance(value, (int, float, np.integer, np.floating)) and math.isfinite(value)):
-            raise ValueError(f"guidance_scale: expected finite numbers, got {value!r} for step {i}")
+            raise ValueError(f"{name}: expected finite numbers, got {value!r} for step {i}")
     return np.asarray(scales, np.float32)[step]

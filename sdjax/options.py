@@ -144,6 +144,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--guidance-perpendicular", type=_number(float, 0), metavar="X", help=across)
     away = "push away from the picture without the middle self-attention, by X (PAG; 3 is usual)"
     add("--guidance-perturbed", type=_number(float, 0), metavar="X", help=away)
+    net = "a ControlNet for this model: file or folder; may be repeated, as the next two, in one order"
+    add("--controlnet", metavar="PATH", action="append", default=[], help=net)
+    add("--control-image", metavar="FILE", action="append", default=[], help="what the ControlNet is to follow")
+    scale = "how strongly (default: 1)"
+    add("--control-scale", metavar="X", type=_number(float, -10, 10), action="append", default=[], help=scale)
     part = "a mask for one of the prompts that AND joins, white where it counts; give one for each, in their order"
     add("--regions", metavar="FILE", action="append", help=part)
     add("--sampler", metavar="NAME", help="by our, diffusers' or A1111's name (default: ddpm)")

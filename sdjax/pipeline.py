@@ -7,6 +7,7 @@ import functools
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import numpy as np
 from sdjax import checkpoints, samplers
 from sdjax.models import low_rank
 from sdjax.models.config import Config
+from sdjax.models.controlnet import ControlNet
 from sdjax.models.layers import apply
 from sdjax.models.text_encoder import TextEncoder
 from sdjax.models.unet import UNet
@@ -72,6 +74,7 @@ class StableDiffusion:
       digest: of samples of its weights as they are computed with.
       loras: what `with_lora` added, in this order.
       embeddings: what `with_embedding` added.
+      controls: the ControlNets that `with_controlnet` added, by name: their parameters.
     """
 
     config: Config
@@ -82,6 +85,7 @@ class StableDiffusion:
     digest: str
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
+    controls: Mapping[str, Params] = dataclasses.field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -119,7 +123,7 @@ class StableDiffusion:
         leaves = checkpoints.flatten(shapes(self.config))
         changes = checkpoints.lora.read(path, self.config, leaves)
         params = low_rank.attach(self.params, name, changes, weight)
-        lora = Lora(name, _digest(changes), weight)
+        lora = Lora(name, digest(changes), weight)
         return dataclasses.replace(self, params=params, loras=(*self.loras, lora))
 
     def with_lora_weight(self, name: str, weight: float) -> StableDiffusion:
@@ -166,7 +170,7 @@ class StableDiffusion:
             ),
             params={**self.params, "text_encoder": text_encoder},
             tokenizer=dataclasses.replace(self.tokenizer, words=(*self.tokenizer.words, (word, ids))),
-            embeddings=(*self.embeddings, Embedding(word, _digest(vectors))),
+            embeddings=(*self.embeddings, Embedding(word, digest(vectors))),
         )
 
     def with_part(self, path: str | Path, part: str | None = None) -> StableDiffusion:
@@ -193,13 +197,34 @@ class StableDiffusion:
             params={**self.params, part: jax.tree.map(jax.device_put, host)},
             tokenizer=Tokenizer(config.text_encoder.padding_id, self.tokenizer.words),
             file=f"{self.file} + {path.name}",
-            digest=hashlib.sha256(f"{self.digest} {part} {_digest(host)}".encode()).hexdigest()[:16],
+            digest=hashlib.sha256(f"{self.digest} {part} {digest(host)}".encode()).hexdigest()[:16],
         )
+
+    def with_controlnet(self, path: str | Path, name: str | None = None) -> StableDiffusion:
+        """The same model with a ControlNet 1.x, which `generate(controls={name: sdjax.Control(picture)})` follows.
+
+        Args:
+          path: of a file with the original names (`control_model.`, alone or in a whole checkpoint) or diffusers', or
+            of a diffusers folder.
+          name: to call it by; None takes the path's, without its ending.
+
+        Raises:
+          ValueError: there is a ControlNet of this name.
+          CheckpointError: it is no such file, or not for this model.
+        """
+        path = Path(path)
+        name = path.stem if name is None else name
+        if name in self.controls:
+            raise ValueError(f"name: there is a ControlNet {name!r} already; give this one another")
+        found = checkpoints.controlnet.read(path, self.config, control_shapes)
+        host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(self.dtype)), found)
+        return dataclasses.replace(self, controls={**self.controls, name: jax.tree.map(jax.device_put, host)})
 
     def place(self, mesh: jax.sharding.Mesh) -> StableDiffusion:
         """The same model with its weights on every device of the mesh; `generate(mesh=)` then has nothing to move."""
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        return dataclasses.replace(self, params=jax.device_put(self.params, everywhere))
+        params, controls = jax.device_put((self.params, self.controls), everywhere)
+        return dataclasses.replace(self, params=params, controls=controls)
 
     def encode_text(self, token_ids: jax.typing.ArrayLike, clip_skip: int = 0) -> jax.Array:
         """(B, 77) int32 -> (B, 77, D) float32, after the final layer norm."""
@@ -281,6 +306,20 @@ def shapes(config: Config) -> Params:
     return {name: jax.eval_shape(init)["params"] for name, init in models.items()}
 
 
+def control_shapes(config: Config, hint_channels: tuple[int, ...]) -> Params:
+    """The parameter tree of a ControlNet for a model of this configuration, without making any array."""
+    unet = dataclasses.replace(config.unet, in_channels=config.unet.out_channels)
+    size, factor = 2 ** (len(unet.channels) - 1), 2 ** (len(hint_channels) - 1)
+
+    def init() -> Params:
+        latents = jnp.zeros((1, size, size, unet.in_channels))
+        context = jnp.zeros((1, config.text_encoder.max_positions, unet.context_width))
+        hint = jnp.zeros((1, factor * size, factor * size, 3))
+        return ControlNet(unet, hint_channels).init(jax.random.key(0), latents, jnp.zeros(1), context, hint)
+
+    return jax.eval_shape(init)["params"]
+
+
 def load(
     path: str | Path | None = None,
     *,
@@ -313,7 +352,7 @@ def load(
     # Already of this dtype, a file's memory-mapped arrays are used as they lie.
     params = jax.tree.map(jax.device_put, host)
     name = "default" if path is None else source.name
-    return StableDiffusion(config, params, Tokenizer(config.text_encoder.padding_id), dtype, name, _digest(host))
+    return StableDiffusion(config, params, Tokenizer(config.text_encoder.padding_id), dtype, name, digest(host))
 
 
 def _weight(weight: Any) -> float:
@@ -322,7 +361,7 @@ def _weight(weight: Any) -> float:
     return float(weight)
 
 
-def _digest(params: Params) -> str:
+def digest(params: Params) -> str:
     """16 hexadecimal digits from the names, shapes and dtypes of all tensors, and the first 4 KiB of each."""
     digest = hashlib.sha256()
     for path, x in jax.tree_util.tree_leaves_with_path(params):

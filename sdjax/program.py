@@ -14,6 +14,7 @@ from jax import lax
 
 from sdjax import guidance, noise
 from sdjax.models.config import Config
+from sdjax.models.controlnet import ControlNet, hint_channels
 from sdjax.models.layers import apply
 from sdjax.models.perturbed import identity_attention
 from sdjax.models.text_encoder import TextEncoder
@@ -41,6 +42,7 @@ class Job:
     decode: bool = True  # False: the result is latents
     brownian: bool = False  # True: the rows' noises are one Brownian motion
     loss: Callable[[jax.Array], jax.Array] | None = None  # `guidance.Options.loss`
+    controls: tuple[str, ...] = ()  # the ControlNets, by their names in params["controls"]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -59,6 +61,13 @@ class Picture(NamedTuple):
 
     image: Array  # (B, H, W, 3) uint8
     mask: Array | None  # (B, H, W, 1) float32, 1 = repaint; between 0 and 1 only where its edge is blurred
+
+
+class Control(NamedTuple):
+    """What a ControlNet is to follow, and how strongly."""
+
+    hint: Array  # (B, H, W, 3) uint8
+    scale: Array  # (T,) float32
 
 
 class Guide(NamedTuple):
@@ -88,6 +97,7 @@ class Inputs(NamedTuple):
     rows: Rows  # of T rows, padded
     guide: Guide
     picture: Picture | None = None
+    controls: tuple[Control, ...] = ()  # one for each of the job's
     start_noise: Array | None = None  # (B, h, w, z) standard normal
     step_noise: Array | None = None  # (T, B, h, w, z)
     encode_noise: Array | None = None  # (B, h, w, z)
@@ -209,22 +219,22 @@ def step(
         perturbed attention one more comes last, of the last prompt.
         """
         contexts = contexts if guide.perturbed is None else [*contexts, conditions.prompt]
-        if conditions.extra is not None:
-            x = jnp.concatenate([x, conditions.extra], -1)
         states, windows = (
             jnp.concatenate(each, 1) for each in zip(*[at_row(c, number) for c in contexts], strict=True)
         )
         b, k, n = windows.shape
         key_mask = None if n == 1 else jnp.repeat(windows.reshape(b * k, n), states.shape[2] // n, 1)
-        x = jnp.repeat(x, k, 0)
-        times = jnp.broadcast_to(time, x.shape[:1])
-        unet = UNet(job.config.unet, jnp.dtype(job.dtype))
         states = states.reshape(b * k, *states.shape[2:])
+        x, times = jnp.repeat(x, k, 0), jnp.broadcast_to(time, (b * k,))
+        added = control(job, params, inputs, number, x, times, states, key_mask) if job.controls else None
+        if conditions.extra is not None:
+            x = jnp.concatenate([x, jnp.repeat(conditions.extra, k, 0)], -1)
+        unet = UNet(job.config.unet, jnp.dtype(job.dtype))
         if guide.perturbed is None:
-            output = apply(unet, params["unet"], x, times, states, key_mask)
+            output = apply(unet, params["unet"], x, times, states, key_mask, added)
         else:
             with identity_attention(jnp.arange(b * k) % k == k - 1):
-                output = apply(unet, params["unet"], x, times, states, key_mask)
+                output = apply(unet, params["unet"], x, times, states, key_mask, added)
         return output.astype(jnp.float32).reshape(b, k, *output.shape[1:])
 
     def unguided(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -282,6 +292,29 @@ def step(
         assert conditions.clean is not None
         registers = sampler_rows.restore(registers, row, conditions.repaint, conditions.clean, conditions.noise)
     return registers, x0
+
+
+def control(
+    job: Job,
+    params: Params,
+    inputs: Inputs,
+    number: jax.Array,
+    x: jax.Array,
+    times: jax.Array,
+    states: jax.Array,
+    key_mask: jax.Array | None,
+) -> tuple[list[jax.Array], jax.Array]:
+    """The sum of what the job's ControlNets add to the UNet's skips and middle for these (B K) evaluations."""
+    config = dataclasses.replace(job.config.unet, in_channels=job.config.unet.out_channels)
+    total: Any = None
+    for name, each in zip(job.controls, inputs.controls, strict=True):
+        own = params["controls"][name]
+        hint = jnp.repeat(jnp.asarray(each.hint, jnp.float32) / 255.0, len(x) // len(each.hint), 0)
+        net = ControlNet(config, hint_channels(own), jnp.dtype(job.dtype))
+        scale = jnp.asarray(each.scale)[number].astype(job.dtype)
+        added = jax.tree.map(lambda more, scale=scale: scale * more, apply(net, own, x, times, states, hint, key_mask))
+        total = added if total is None else jax.tree.map(jnp.add, total, added)
+    return total
 
 
 def decode(job: Job, params: Params, latents: jax.Array) -> jax.Array:

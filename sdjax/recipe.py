@@ -63,6 +63,7 @@ class Recipe:
       guidance: `guidance.Options` besides the rescale, those that are not None.
       exact_steps, brownian: as `sdjax.generate` takes them.
       regions_sha256: of the weights of prompts by region; only who has the masks can make the picture again.
+      controls: of each ControlNet its scale, interval and fingerprint; its picture is not in the recipe.
     """
 
     prompt: str
@@ -95,6 +96,7 @@ class Recipe:
     exact_steps: bool = False
     brownian: bool = False
     regions_sha256: str | None = None
+    controls: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def texts(recipe: Recipe) -> dict[str, str]:
@@ -243,6 +245,17 @@ def _versions(name: str, value: Any) -> dict[str, str]:
     return {_NAME(name, key): _NAME(f"{name}.{key}", text) for key, text in value.items()}
 
 
+def _controls(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or len(value) > 64:
+        raise _wrong(name, "an object of at most 64 ControlNets", value)
+    checks = {"scale": _scales, "interval": _scales, "model_sha256": _DIGEST}
+    for key, one in value.items():
+        _NAME(name, key)
+        if not isinstance(one, dict) or one.keys() != checks.keys():
+            raise _wrong(f"{name}.{key:.60}", f"an object of {', '.join(checks)}", one)
+    return {key: {field: checks[field](name, x) for field, x in one.items()} for key, one in value.items()}
+
+
 # Half a surrogate pair is no character, and cannot be written anywhere.
 _PROMPT = _text(r"[^\ud800-\udfff]*", 100_000, "a text of at most 100,000 characters")
 _NAME = _text(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]*", 300, "a text of at most 300 printable characters")
@@ -279,6 +292,7 @@ _FIELDS: dict[str, Any] = {
     "exact_steps": _flag,
     "brownian": _flag,
     "regions_sha256": _DIGEST,
+    "controls": _controls,
 }
 
 

@@ -163,7 +163,16 @@ def test_the_help_tells_generates_own_defaults(capsys):
 def test_every_argument_of_generate_has_an_option(capsys):
     run("generate", "--help")
     text = capsys.readouterr().out
-    elsewhere = {"guidance", "latents", "output_type", "progress", "callback", "mesh", "num_images_per_prompt"}
+    elsewhere = {
+        "controls",
+        "guidance",
+        "latents",
+        "output_type",
+        "progress",
+        "callback",
+        "mesh",
+        "num_images_per_prompt",
+    }
     names = set(inspect.signature(sdjax.generate).parameters) - elsewhere - {"prompt"}
     assert [name for name in names if f"--{name.replace('_', '-')}" not in text] == []
     assert set(cli.PASSED) < names

@@ -15,15 +15,18 @@ MAY = {
     "recipe": {"images"},
     "arguments": {"models.config", "tokenizer"},
     "canvas": {"arguments", "images", "models.config"},
+    "control": {"guidance", "images"},
     "program": {"models", "samplers", "guidance", "noise", "prompts"},
     "pipeline": {"models", "checkpoints", "tokenizer", "schedule", "samplers"},
     "generation": {
-        "arguments", "canvas", "compilation_cache", "guidance", "images", "noise", "pipeline", "program",
+        "arguments", "canvas", "compilation_cache", "control", "guidance", "images", "noise", "pipeline", "program",
         "prompts", "recipe", "samplers",
     },
     "training": {"models", "ops", "schedule", "samplers", "guidance", "noise", "images", "tokenizer", "checkpoints"},
-    "cli": {*LOW, "prompts", "checkpoints", "generation", "pipeline", "recipe", "samplers"},
-    "__init__": {"checkpoints", "generation", "guidance", "pipeline", "prompts", "samplers", "schedule", "spacings"},
+    "cli": {*LOW, "prompts", "checkpoints", "control", "generation", "pipeline", "recipe", "samplers"},
+    "__init__": {
+        "checkpoints", "control", "generation", "guidance", "pipeline", "prompts", "samplers", "schedule", "spacings",
+    },
 }  # fmt: skip
 
 

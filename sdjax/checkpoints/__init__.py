@@ -16,7 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints import configurations, contents, identity, lora, names, native, parts, textual_inversion, weights
+from sdjax.checkpoints import (
+    configurations,
+    contents,
+    controlnet,
+    identity,
+    lora,
+    names,
+    native,
+    parts,
+    textual_inversion,
+    weights,
+)
 from sdjax.checkpoints import prediction as predictions
 from sdjax.checkpoints.contents import Contents
 from sdjax.checkpoints.errors import CheckpointError
@@ -26,6 +37,7 @@ from sdjax.models.config import Config
 
 __all__ = [
     "CheckpointError",
+    "controlnet",
     "convert",
     "describe",
     "export",

@@ -51,6 +51,12 @@ UNET_FIXED = {
     "timestep_post_act": None,
     "transformer_layers_per_block": 1,
 }
+CONTROLNET_FIXED = {
+    **{name: value for name, value in UNET_FIXED.items() if name not in ("conv_in_kernel", "conv_out_kernel")},
+    "controlnet_conditioning_channel_order": "rgb",
+    "conditioning_channels": 3,
+    "global_pool_conditions": False,
+}
 VAE_FIXED = {
     "act_fn": "silu",
     "in_channels": 3,
@@ -156,6 +162,27 @@ def read_part(path: Path) -> tuple[str, Any]:
         raise CheckpointError(f"{path}: it lacks, or has an unknown, {error}") from error
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: it cannot be read: {error}") from error
+
+
+def check_controlnet(path: Path, config: Config) -> None:
+    """Whether a ControlNet's `config.json` is of one for a model of this configuration.
+
+    Raises:
+      CheckpointError: it is missing, malformed, or of another.
+    """
+    fields = read_json(path)
+    if fields.get("_class_name") != "ControlNetModel":
+        raise CheckpointError(f"{path}: it configures {fields.get('_class_name')!r:.60}, not a ControlNetModel")
+    _refuse_others(path, fields, CONTROLNET_FIXED)
+    try:
+        heads = fields.get("num_attention_heads") or fields.get("attention_head_dim", 8)
+        heads = tuple([heads] * len(config.unet.channels) if isinstance(heads, int) else heads)
+    except TypeError as error:
+        raise CheckpointError(f"{path}: it cannot be read: {error}") from error
+    if heads != config.unet.num_heads:
+        raise CheckpointError(
+            f"{path}: for another model: attention has {heads!r:.60} heads, {config.unet.num_heads} here"
+        )
 
 
 def _text_encoder(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ SAFETENSORS, PYTORCH, FOLDER = "safetensors", "PyTorch (zip)", "diffusers folder
 PARTS = ("text_encoder", "unet", "vae")
 # The weights of a folder's part, in the order of preference; "index" names the shards of a part in several files.
 STEMS = {"text_encoder": ("model", "pytorch_model"), "unet": ("diffusion_pytorch_model",)}
-STEMS["vae"] = STEMS["unet"]
+STEMS["vae"] = STEMS["control"] = STEMS["unet"]
 VARIANTS = ("", ".fp16", ".bf16", ".non_ema")
 ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
@@ -138,7 +138,8 @@ def _read_folder(path: Path) -> Contents:
 
 
 def read_part(folder: Path, part: str) -> dict[str, np.ndarray]:
-    """The tensors in a diffusers folder's subfolder: "text_encoder", "unet" or "vae".
+    """The tensors in a diffusers folder's subfolder: "text_encoder", "unet" or "vae", or "control" in a
+    ControlNet's own.
 
     Raises:
       CheckpointError: there are none, or they cannot be read.

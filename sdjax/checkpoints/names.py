@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +70,7 @@ class Source(NamedTuple):
 MODULES = {
     Kind.CONV: (
         "conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out", "quant_conv",
-        "post_quant_conv",
+        "post_quant_conv", "blocks", "controlnet_down_blocks", "controlnet_mid_block",
     ),
     Kind.LINEAR: (
         "linear_1", "linear_2", "time_emb_proj", "to_q", "to_k", "to_v", "to_out_0", "proj", "net_2", "q_proj",
@@ -83,16 +83,20 @@ MODULES = {
 }  # fmt: skip
 KINDS = {module: kind for kind, modules in MODULES.items() for module in modules}
 # Modules of which there are several, numbered.
-LISTS = "down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|to_out|net|layers"
+LISTS = (
+    "down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|to_out|net|layers|blocks|"
+    "controlnet_down_blocks"
+)
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 # Our tree's parts in an original file, and in a diffusers folder (by the name of the subfolder).
 LDM_ROOTS = {
     "unet": "model.diffusion_model.",
+    "control": "control_model.",
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.transformer.text_model.",
 }
-FOLDER_ROOTS = {"unet": "unet.", "vae": "vae.", "text_encoder": "text_encoder."}
+FOLDER_ROOTS = {"unet": "unet.", "control": "control.", "vae": "vae.", "text_encoder": "text_encoder."}
 EMA_ROOT = "model_ema."
 
 # Parts of blocks, where the original files call them otherwise.
@@ -115,6 +119,7 @@ LDM_PARTS = {
     },
     "text_encoder": {},
 }
+LDM_PARTS["control"] = LDM_PARTS["unet"]
 
 # The text encoder of Stable Diffusion 2 is OpenCLIP's in original files: diffusers' names, and what they are there.
 OPEN_CLIP_ROOT = "cond_stage_model.model."
@@ -179,9 +184,11 @@ def folder(config: Config, targets: Iterable[str]) -> dict[str, Source]:
     return {target: _source(target, config, FOLDER_ROOTS, {}, {}) for target in targets}
 
 
-def ldm(config: Config, targets: Iterable[str]) -> dict[str, Source]:
+def ldm(config: Config, targets: Collection[str]) -> dict[str, Source]:
     """Where each of our tensors (dotted names) is in an original file, `model.diffusion_model.` ..."""
-    places = {"unet": _unet_places(config.unet), "vae": _vae_places(config.vae), "text_encoder": {}}
+    unet = _unet_places(config.unet)
+    places = {"unet": unet, "vae": _vae_places(config.vae), "text_encoder": {}}
+    places["control"] = {**unet, **_control_places(config.unet, targets)}
     sources = {}
     # The originals have two text encoders, and only OpenCLIP's has the exact GELU.
     open_clip = config.text_encoder.activation == "gelu"
@@ -214,8 +221,10 @@ def _source(
     target: str, config: Config, roots: Mapping[str, str], places: Mapping[str, str], parts: Mapping[str, str]
 ) -> Source:
     root, *modules, leaf = target.split(".")
-    kind = KINDS[modules[-1]] if leaf == "kernel" else Kind.SAME
-    if root == "unet" and modules[-1] in ("proj_in", "proj_out") and config.unet.linear_projection:
+    kind = Kind.SAME
+    if leaf == "kernel":
+        kind = KINDS.get(modules[-1]) or KINDS[re.sub(r"_\d+$", "", modules[-1])]
+    if root in ("unet", "control") and modules[-1] in ("proj_in", "proj_out") and config.unet.linear_projection:
         kind = Kind.LINEAR if leaf == "kernel" else kind
     prefix = roots[root]
     if root == "text_encoder" and not prefix.endswith("text_model."):
@@ -269,6 +278,21 @@ def _unet_places(config: UNetConfig) -> dict[str, str]:
         places[f"down_blocks_{i}.downsamplers_0.conv"] = f"input_blocks.{(i + 1) * rows}.0.op"
         places[f"up_blocks_{i}.upsamplers_0.conv"] = f"output_blocks.{(i + 1) * rows - 1}.{after_attention}.conv"
     return places
+
+
+def _control_places(config: UNetConfig, targets: Collection[str]) -> dict[str, str]:
+    """What a ControlNet has besides the UNet's way down. Every second module of the hint's is an activation."""
+    hint = "controlnet_cond_embedding"
+    count = sum(target.startswith(f"control.{hint}.") and target.endswith(".kernel") for target in targets)
+    blocks = [f"{hint}.conv_in", *(f"{hint}.blocks_{i}" for i in range(count - 2)), f"{hint}.conv_out"]
+    return {
+        **{block: f"input_hint_block.{2 * i}" for i, block in enumerate(blocks)},
+        **{
+            f"controlnet_down_blocks_{i}": f"zero_convs.{i}.0"
+            for i in range(len(config.channels) * (config.blocks_per_level + 1))
+        },
+        "controlnet_mid_block": "middle_block_out.0",
+    }
 
 
 def _vae_places(config: VAEConfig) -> dict[str, str]:

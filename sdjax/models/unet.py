@@ -163,7 +163,9 @@ class UNet(nn.Module):
     """The raw model output: the noise, the velocity or the clean latents, as the checkpoint was trained.
 
     latents: (B, h, w, in_channels); timesteps: (B,) float32; context: (B, S, D);
-    key_mask: (B, S) bool, False for context tokens that do not count, or None. Returns (B, h, w, out_channels) float32.
+    key_mask: (B, S) bool, False for context tokens that do not count, or None;
+    control: what a ControlNet returns, to be added to the skips and to the middle, or None.
+    Returns (B, h, w, out_channels) float32.
     """
 
     config: UNetConfig
@@ -171,7 +173,12 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, latents: jax.Array, timesteps: jax.Array, context: jax.Array, key_mask: jax.Array | None = None
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        context: jax.Array,
+        key_mask: jax.Array | None = None,
+        control: tuple[list[jax.Array], jax.Array] | None = None,
     ) -> jax.Array:
         config, dtype = self.config, self.dtype
         width, last = config.channels[0], len(config.channels) - 1
@@ -187,6 +194,10 @@ class UNet(nn.Module):
             self.sow("intermediates", f"down_blocks_{i}", x)
         x = MidBlock(config, last, dtype, name="mid_block")(x, time, context, key_mask)
         self.sow("intermediates", "mid_block", x)
+        if control is not None:
+            added, middle = control
+            skips = [skip + more for skip, more in zip(skips, added, strict=True)]
+            x = x + middle
         for i in range(last + 1):
             x = UpBlock(config, last - i, dtype, name=f"up_blocks_{i}")(x, skips, time, context, key_mask)
             self.sow("intermediates", f"up_blocks_{i}", x)
