@@ -305,11 +305,19 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise ValueError(f"TARGET: there is no folder {target.parent}; make it first")
     if target.exists() and (target.is_dir() or os.path.samefile(source, target)):
         raise ValueError(f"TARGET: {target} is {'a folder' if target.is_dir() else 'the source itself'}")
-    if target.exists() and not arguments.overwrite:
+    if target.exists() and (not arguments.overwrite or arguments.layout == "diffusers"):
         raise ValueError(f"TARGET: {target} exists; choose another name, or give --overwrite")
     from sdjax import checkpoints, pipeline
 
-    checkpoints.convert(source, target, pipeline.shapes, ema=arguments.ema, dtype=arguments.dtype)
+    checkpoints.convert(
+        source,
+        target,
+        pipeline.shapes,
+        ema=arguments.ema,
+        prediction=arguments.prediction,
+        dtype=arguments.dtype,
+        layout=arguments.layout,
+    )
     print(target)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import sdjax
 
 DTYPES = ("float32", "bfloat16")
+LAYOUTS = ("native", "diffusers", "ldm")
+PREDICTIONS = ("epsilon", "v", "sample")
 LARGEST_SEED = 2**64 - 1
 
 EXAMPLES = """\
@@ -23,6 +25,12 @@ examples:
 
 sdjax COMMAND --help tells more.
 """
+CONVERT_EXAMPLES = """\
+examples:
+  sdjax convert v1-5-pruned.ckpt v1-5.safetensors --dtype bfloat16
+  sdjax convert v1-5-pruned.ckpt v1-5 --layout diffusers
+"""
+
 GENERATE_EXAMPLES = """\
 examples:
   sdjax generate "a red fox" "a blue whale" --seed 1      two pictures, named after prompt and seed
@@ -70,16 +78,20 @@ def parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser(
         "convert",
-        description="Writes any checkpoint that sdjax reads as one native file, which loads at once.",
-        epilog="example:\n  sdjax convert v1-5-pruned.ckpt v1-5.safetensors --dtype bfloat16\n",
-        help="make one native file of a checkpoint",
+        description="Writes any checkpoint that sdjax reads as one native file, which loads at once, or for others.",
+        epilog=CONVERT_EXAMPLES,
+        help="write a checkpoint in another format",
     )
     convert.set_defaults(command="convert")
     add = convert.add_argument
     add("source", metavar="SOURCE", help="a .ckpt or .safetensors file, or a diffusers folder")
-    add("target", metavar="TARGET", help="the .safetensors file to write")
+    add("target", metavar="TARGET", help="the .safetensors file to write, or diffusers' folder")
+    layout = "native: ours; diffusers: a folder; ldm: the original's single file (default: native)"
+    add("--layout", choices=LAYOUTS, default="native", help=layout)
     ema = "take the averaged weights, or not, where there are both (default: the averaged ones)"
     add("--ema", action=argparse.BooleanOptionalAction, help=ema)
+    prediction = "what the UNet returns, where the checkpoint does not say it or is wrong"
+    add("--prediction", choices=PREDICTIONS, help=prediction)
     add("--dtype", choices=DTYPES, help="round the weights to it (default: keep theirs)")
     add("--overwrite", action="store_true", help="replace TARGET if it exists")
 

@@ -26,6 +26,12 @@ def live_weights(config, seed=0):
     return jax.tree_util.tree_map_with_path(draw, pipeline.shapes(config))
 
 
+@pytest.fixture(scope="session")
+def live():
+    """`live_weights`."""
+    return live_weights
+
+
 @pytest.fixture
 def compilations():
     """What was compiled since the test began, eager operations included; a list that grows."""

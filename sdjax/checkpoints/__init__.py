@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,11 +21,13 @@ from sdjax.checkpoints import (
     configurations,
     contents,
     controlnet,
+    folders,
     identity,
     lora,
     names,
     native,
     parts,
+    safetensors,
     textual_inversion,
     weights,
 )
@@ -55,6 +58,7 @@ Params = dict[str, Any]
 Shapes = Callable[[Config], Mapping[str, Any]]
 LAYOUTS = {"diffusers": names.folder, "ldm": names.ldm}
 DTYPES = ("float32", "bfloat16")
+CONFIG = "sdjax.config"  # in the metadata of an original file that we wrote
 
 
 def load(
@@ -91,32 +95,47 @@ def convert(
     ema: bool | None = None,
     prediction: str | None = None,
     dtype: str | None = None,
+    layout: str = "native",
 ) -> None:
-    """Writes any checkpoint that `load` reads as one native file, tensor by tensor.
+    """Writes any checkpoint that `load` reads as one native file, or in another program's layout, tensor by tensor.
 
-    The file's metadata say where it came from: `source`, its name; `source_sha256`, of a file; `weights`, "averaged"
-    or "last" where there was a choice.
+    A file's metadata say where it came from: `source`, its name; `source_sha256`, of a file; `weights`, "averaged"
+    or "last" where there was a choice; `modelspec.prediction_type`, what the UNet returns.
 
     Args:
       source: what to read.
-      target: the file to write; it is replaced if there is one.
+      target: the file to write, which is replaced if there is one; or the folder, which must not be there.
       shapes: gives the parameter tree of a configuration.
       ema, prediction: as for `load`.
       dtype: to round the weights to, "float32" or "bfloat16"; None keeps theirs.
+      layout: "native", one file that loads at once; "ldm", the original's single file; "diffusers", a folder.
 
     Raises:
-      ValueError: the dtype is another.
+      ValueError: the dtype or the layout is another.
+      FileExistsError: the folder is there.
       CheckpointError: as `load`.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
+    if layout not in ("native", *LAYOUTS):
+        raise ValueError(f"layout: expected native, {' or '.join(LAYOUTS)}, got {layout!r}")
     source = Path(source)
     config, params, chosen = _load(source, shapes, ema, prediction)
     metadata = {"source": source.absolute().name, **chosen}
     if source.is_file():
         with source.open("rb") as file:
             metadata["source_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    save(target, params, config, dtype, metadata)
+    if layout == "native":
+        save(target, params, config, dtype, metadata)
+    elif layout == "ldm":
+        metadata |= {
+            "format": "pt",
+            "modelspec.prediction_type": config.prediction,
+            CONFIG: json.dumps(config.to_dict()),
+        }
+        safetensors.write(target, export(params, config, layout), metadata, dtype)
+    else:
+        folders.write(Path(target), export(params, config, layout), config, dtype, metadata["source"])
 
 
 def export(params: Mapping[str, Any], config: Config, layout: str) -> dict[str, np.ndarray]:
@@ -198,6 +217,8 @@ def _config(path: Path, opened: Contents, prediction: str | None = None) -> Conf
         config = native.config_of(opened.metadata, path)
     elif opened.format == contents.FOLDER and opened.metadata.get("_class_name") in identity.PIPELINES:
         config = configurations.read_folder(path)
+    elif CONFIG in opened.metadata:
+        config = native.parse(opened.metadata[CONFIG], path)
     elif original is not None:
         return predictions.configured(path, opened, original, prediction)
     else:

@@ -50,8 +50,13 @@ def config_of(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> Conf
     """The configuration in a native file's metadata. Raises CheckpointError where it is none."""
     if (written := metadata.get("version")) != VERSION:
         raise CheckpointError(f"{path}: its format is sdjax {written!r:.20}, this version reads {VERSION}")
+    return parse(metadata.get("config", ""), path)
+
+
+def parse(text: str, path: str | os.PathLike[str]) -> Config:
+    """A configuration as JSON. Raises CheckpointError where it is none that a model could have."""
     try:
-        config = Config.from_dict(json.loads(metadata["config"]))
+        config = Config.from_dict(json.loads(text))
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its configuration cannot be read: {error}") from error
     configurations.check(config, path)

@@ -109,14 +109,15 @@ def write(
                 file.write(array.reshape(-1).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's own is for secrets
+        os.chmod(temporary, 0o666 & ~umask())  # mkstemp's own is for secrets
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
+def umask() -> int:
+    """What the process leaves out of new files' permissions."""
     # There is no way to read it but to set it.
     mask = os.umask(0)
     os.umask(mask)

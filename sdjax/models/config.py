@@ -121,3 +121,10 @@ TINY = Config(
     vae=VAEConfig(channels=(16, 32), blocks_per_level=1, norm_groups=8),
     image_size=64,
 )
+# What SD 2 has otherwise: the activation, the padding, heads of one size, a matrix for a convolution, the velocity.
+TINY_2 = dataclasses.replace(
+    TINY,
+    text_encoder=dataclasses.replace(TINY.text_encoder, activation="gelu", padding_id=0),
+    unet=dataclasses.replace(TINY.unet, num_heads=(2, 4), linear_projection=True),
+    prediction="v",
+)

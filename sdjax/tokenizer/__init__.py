@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,6 +148,13 @@ def _shown(value: object) -> str:
 def _words_in(words: tuple[tuple[str, tuple[int, ...]], ...]) -> re.Pattern[str]:
     longest_first = sorted((word for word, _ in words), key=len, reverse=True)
     return re.compile(rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
+
+
+def vocabulary_files() -> dict[str, str]:
+    """What `transformers.CLIPTokenizer` reads, by the names of its files."""
+    packed = resources.files(__package__).joinpath("merges.txt.gz").read_bytes()
+    vocabulary = sorted(_bpe().get_vocab().items(), key=lambda item: item[1])
+    return {"vocab.json": json.dumps(dict(vocabulary)), "merges.txt": gzip.decompress(packed).decode()}
 
 
 @functools.cache

@@ -13,12 +13,12 @@ from PIL import Image
 import sdjax
 from sdjax import pipeline
 from sdjax.checkpoints import CheckpointError, controlnet, names, native, safetensors, weights
-from sdjax.models.config import SD1, TINY
+from sdjax.models.config import SD1, TINY, TINY_2
 from sdjax.models.controlnet import ControlNet
 from sdjax.models.unet import UNet
 
 from .test_checkpoints import NARROW
-from .test_models import TINY_2, TOLERANCE, enliven, relative_error, text_encoder, unet, vae, write_folder
+from .test_models import TOLERANCE, enliven, relative_error, text_encoder, unet, vae, write_folder
 
 HINT = (16, 32)  # the tiny autoencoder's factor is 2
 

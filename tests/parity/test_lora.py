@@ -12,9 +12,9 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 
 import sdjax
 from sdjax.checkpoints import safetensors
+from sdjax.models.config import TINY, TINY_2
 
-from .test_models import TINY as TINY_1
-from .test_models import TINY_2, TOLERANCE, enliven, relative_error, text_encoder, unet, vae, write_folder
+from .test_models import TOLERANCE, enliven, relative_error, text_encoder, unet, vae, write_folder
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "proj_in", "proj_out"]
 CONVOLUTIONS = ["conv1", "conv_shortcut", "conv_in", "downsamplers.0.conv", "time_emb_proj"]
@@ -34,7 +34,7 @@ def adapted(model, modules, seed):
     return model
 
 
-@pytest.fixture(scope="module", params=[TINY_1, TINY_2], ids=["SD 1", "SD 2"])
+@pytest.fixture(scope="module", params=[TINY, TINY_2], ids=["SD 1", "SD 2"])
 def models(request, tmp_path_factory):
     """diffusers' models with an adapter each, ours of the same folder without, and the file's folder."""
     config, path = request.param, tmp_path_factory.mktemp("lora")

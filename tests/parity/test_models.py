@@ -16,7 +16,7 @@ import transformers
 
 from sdjax import checkpoints, pipeline
 from sdjax.checkpoints import names, native, weights
-from sdjax.models.config import SD1, SD1_INPAINTING, SD2_V, TINY
+from sdjax.models.config import SD1, SD1_INPAINTING, SD2_V, TINY, TINY_2
 from sdjax.models.perturbed import identity_attention
 from sdjax.models.text_encoder import TextEncoder
 from sdjax.models.unet import UNet
@@ -94,15 +94,6 @@ def write_folder(path, config, parts, **options):
         prediction_type={"v": "v_prediction", "epsilon": "epsilon"}[config.prediction],
     ).save_pretrained(path / "scheduler")
     (path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-
-
-# All that Stable Diffusion 2 has otherwise: the activation, the padding, heads of one size, a matrix for a convolution.
-TINY_2 = dataclasses.replace(
-    TINY,
-    text_encoder=dataclasses.replace(TINY.text_encoder, activation="gelu", padding_id=0),
-    unet=dataclasses.replace(TINY.unet, num_heads=(2, 4), linear_projection=True),
-    prediction="v",
-)
 
 
 @pytest.fixture(scope="module")
