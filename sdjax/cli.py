@@ -87,6 +87,7 @@ def _told(error: Exception) -> str:
 
 def _generate(arguments: argparse.Namespace) -> None:
     from sdjax import images, outputs, recipe
+    from sdjax.checkpoints import hub
 
     old = None if arguments.source is None else recipe.read(arguments.source)
     prompts = _prompts(arguments, old)
@@ -100,7 +101,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--model: the picture was made with {old.model!r}; say where that file is")
     if old is not None and " + " in old.model and not arguments.lora:
         raise ValueError(f"--lora: the picture was made with {old.model!r}; say where those files are")
-    if arguments.model is not None and not os.path.exists(arguments.model):
+    if arguments.model is not None and not os.path.exists(arguments.model) and not hub.is_name(arguments.model):
         raise ValueError(f"--model: there is no {arguments.model}")
 
     # From here on it takes seconds.

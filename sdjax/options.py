@@ -137,7 +137,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--padding-mask-crop", type=_number(int, 0), metavar="PIXELS", help=crop)
 
     add = parser.add_argument_group("how").add_argument
-    add("--model", metavar="PATH", help="a checkpoint: file or folder (default: the model that ships)")
+    add("--model", metavar="PATH", help="a checkpoint: file, folder or name on the hub (default: the model that ships)")
     add("--vae", metavar="PATH", help="another autoencoder for the model: file or folder")
     lora = "a LoRA for this model, and how strong it is (default: 1); may be repeated"
     add("--lora", type=_file_and_weight, action="append", default=[], metavar="FILE[:X]", help=lora)

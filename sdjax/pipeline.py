@@ -326,15 +326,20 @@ def load(
     dtype: str | None = None,
     prediction: str | None = None,
     ema: bool | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
 ) -> StableDiffusion:
     """Reads a model: the one that ships, a native file, a `.ckpt` or `.safetensors` of SD 1 or 2, a diffusers folder.
 
     Args:
-      path: a file or a folder; None for the model that ships.
+      path: a file or a folder; the name of one on the Hugging Face hub, "owner/name" or "owner/name/file" (the extra
+        `hub`); None for the model that ships.
       dtype: of computation: "float32" or "bfloat16". None takes float32 on a CPU and bfloat16 elsewhere.
       prediction: "epsilon", "v" or "sample", in place of what the checkpoint says of itself.
       ema: which weights of the UNet to take from a file that holds two sets: True the moving averages, False the last
         ones of training, None the averages where there are any.
+      variant: of a diffusers folder's weights, such as "fp16"; None prefers those without one.
+      revision: of a name on the hub: a branch, a tag or, to have the same model for ever, a commit.
 
     Raises:
       ValueError: for arguments that are none of these.
@@ -347,11 +352,15 @@ def load(
     if prediction not in (None, *PREDICTIONS):
         raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS)}, got {prediction!r}")
     source = Path(__file__).with_name("default_model") / "model.safetensors" if path is None else Path(path)
-    config, params = checkpoints.load(source, shapes, ema=ema, prediction=prediction)
+    if path is not None and checkpoints.hub.is_name(str(path)):
+        source = checkpoints.hub.fetch(str(path), revision, variant)
+    elif revision is not None:
+        raise ValueError(f"revision: {path} is no name on the hub")
+    config, params = checkpoints.load(source, shapes, ema=ema, prediction=prediction, variant=variant)
     host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
     # Already of this dtype, a file's memory-mapped arrays are used as they lie.
     params = jax.tree.map(jax.device_put, host)
-    name = "default" if path is None else source.name
+    name = "default" if path is None else str(path) if checkpoints.hub.is_name(str(path)) else source.name
     return StableDiffusion(config, params, Tokenizer(config.text_encoder.padding_id), dtype, name, digest(host))
 
 

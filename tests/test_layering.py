@@ -8,7 +8,7 @@ LOW = {"ops", "schedule", "guidance", "noise", "images", "tokenizer", "compilati
 MAY = {
     **{room: set() for room in LOW},  # "sdjax" itself is the version
     "models": {"ops"},
-    "checkpoints": {"models.config", "models.low_rank", "tokenizer"},
+    "checkpoints": {"models.config", "tokenizer"},
     "spacings": {"schedule"},
     "samplers": {"schedule", "spacings", "noise"},
     "prompts": {"tokenizer"},

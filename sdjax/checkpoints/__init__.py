@@ -22,6 +22,7 @@ from sdjax.checkpoints import (
     contents,
     controlnet,
     folders,
+    hub,
     identity,
     lora,
     names,
@@ -45,6 +46,7 @@ __all__ = [
     "describe",
     "export",
     "flatten",
+    "hub",
     "load",
     "lora",
     "parts",
@@ -62,7 +64,12 @@ CONFIG = "sdjax.config"  # in the metadata of an original file that we wrote
 
 
 def load(
-    path: Path_, shapes: Shapes, *, ema: bool | None = None, prediction: str | None = None
+    path: Path_,
+    shapes: Shapes,
+    *,
+    ema: bool | None = None,
+    prediction: str | None = None,
+    variant: str | None = None,
 ) -> tuple[Config, Params]:
     """Reads a model: a native file, a `.safetensors` or `.ckpt` of Stable Diffusion 1 or 2, or a diffusers folder.
 
@@ -75,6 +82,7 @@ def load(
         ones of training. None takes the averages if they are there: its authors sample with them, and training
         goes on from the others.
       prediction: what the UNet returns, "epsilon", "v" or "sample", in place of what the checkpoint says of itself.
+      variant: of a folder's weights, such as "fp16"; None prefers those without one.
 
     Returns:
       The configuration, and nested dicts of read-only NumPy arrays mapped from the file, in its dtype.
@@ -83,7 +91,7 @@ def load(
       CheckpointError: the path is missing, or no such model (it says what it is); tensors are missing, unexpected or
         of a wrong shape (all are listed), or hold NaN or infinity; `ema=True` where there are no averages.
     """
-    config, params, _ = _load(Path(path), shapes, ema, prediction)
+    config, params, _ = _load(Path(path), shapes, ema, prediction, variant)
     return config, params
 
 
@@ -186,10 +194,10 @@ def describe(path: Path_) -> dict[str, Any]:
 
 
 def _load(
-    path: Path, shapes: Shapes, ema: bool | None, prediction: str | None
+    path: Path, shapes: Shapes, ema: bool | None, prediction: str | None, variant: str | None = None
 ) -> tuple[Config, Params, dict[str, str]]:
     """What `load` returns, and which of two sets of weights was taken, as metadata."""
-    opened = contents.read(path)
+    opened = contents.read(path, variant)
     config = _config(path, opened, prediction)
     targets = native.flatten(shapes(config))
     averages = opened.format != contents.FOLDER and identity.has_averages(opened.tensors)

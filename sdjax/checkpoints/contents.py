@@ -44,8 +44,12 @@ class Contents:
         return self.format == SAFETENSORS and native.is_native(self.metadata)
 
 
-def read(path: Path) -> Contents:
+def read(path: Path, variant: str | None = None) -> Contents:
     """Opens a file or a folder.
+
+    Args:
+      path: of either.
+      variant: of a folder's weights, such as "fp16"; None prefers those without one.
 
     Raises:
       CheckpointError: it is missing, no checkpoint at all (it says what it is), or damaged.
@@ -53,7 +57,7 @@ def read(path: Path) -> Contents:
     if sentence := no_checkpoint(path):
         raise CheckpointError(f"{path}: {sentence}")
     try:
-        return _read_folder(path) if path.is_dir() else _read_file(path)
+        return _read_folder(path, variant) if path.is_dir() else _read_file(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
@@ -72,10 +76,7 @@ def no_checkpoint(path: Path) -> str | None:
         return f"cannot be read: {error}"
     if exists:
         return "neither a file nor a folder"
-    # A repository's name on a hub: sdjax downloads nothing.
-    is_repository = str(path).count("/") == 1 and not path.suffix
-    hint = f"; to download it: hf download {path} --local-dir {path.name}" if is_repository else ""
-    return f"there is no such file or folder{hint}"
+    return "there is no such file or folder"
 
 
 def _no_folder(path: Path) -> str | None:
@@ -129,27 +130,33 @@ def _read_file(path: Path) -> Contents:
     return Contents(SAFETENSORS, tensors, metadata)
 
 
-def _read_folder(path: Path) -> Contents:
+def _read_folder(path: Path, variant: str | None) -> Contents:
     index = configurations.read_json(path / "model_index.json")
     tensors: dict[str, np.ndarray] = {}
     for part in PARTS:
-        tensors |= {f"{part}.{name}": array for name, array in read_part(path / part, part).items()}
+        tensors |= {f"{part}.{name}": array for name, array in read_part(path / part, part, variant).items()}
     return Contents(FOLDER, tensors, index)
 
 
-def read_part(folder: Path, part: str) -> dict[str, np.ndarray]:
+def read_part(folder: Path, part: str, variant: str | None = None) -> dict[str, np.ndarray]:
     """The tensors in a diffusers folder's subfolder: "text_encoder", "unet" or "vae", or "control" in a
     ControlNet's own.
 
     Raises:
       CheckpointError: there are none, or they cannot be read.
     """
-    return {name: array for file in _weights(folder, STEMS[part]) for name, array in _read_file(file).tensors.items()}
+    return {name: array for file in _weights(folder, part, variant) for name, array in _read_file(file).tensors.items()}
 
 
-def _weights(folder: Path, stems: tuple[str, ...]) -> list[Path]:
+def candidates(part: str, variant: str | None = None) -> list[str]:
+    """The names of files that a part's weights may have, in the order of preference."""
+    variants = VARIANTS if variant is None else (f".{variant}",)
+    return [f"{stem}{middle}{ending}" for middle in variants for ending in ENDINGS for stem in STEMS[part]]
+
+
+def _weights(folder: Path, part: str, variant: str | None) -> list[Path]:
     """The files of a part's weights: the first of its candidates that is there, or the shards it names."""
-    names = [f"{stem}{variant}{ending}" for variant in VARIANTS for ending in ENDINGS for stem in stems]
+    names = candidates(part, variant)
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(f"{folder}: no weights in it; one of {', '.join(names[:2])} is expected")

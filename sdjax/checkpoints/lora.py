@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from sdjax.checkpoints import contents, names, weights
 from sdjax.checkpoints.contents import Contents
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.models.config import Config
-from sdjax.models.low_rank import LowRank
 
 # Brought to kohya's roles, which stand at a name's end.
 SPELLINGS = (
@@ -41,6 +40,13 @@ OTHERS = (
     ),
     (r"lora_unet_(double|single)_blocks|transformer\.(single_)?transformer_blocks", "FLUX or Stable Diffusion 3"),
 )
+
+
+class LowRank(NamedTuple):
+    """What is added to one kernel: down @ up, of rank R. (I, R), or for a convolution (kh, kw, I, R); and (R, O)."""
+
+    down: np.ndarray
+    up: np.ndarray
 
 
 def read(path: Path, config: Config, targets: Mapping[str, Any]) -> dict[str, LowRank]:

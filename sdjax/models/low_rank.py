@@ -7,7 +7,7 @@ weight is an argument of every compiled program, and other weights compile nothi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,18 +18,15 @@ Array = jax.Array | np.ndarray
 Params = Any
 
 
-class LowRank(NamedTuple):
-    """What is added to one kernel: down @ up, of rank R.
+def attach(params: Params, name: str, changes: Mapping[str, tuple[Array, Array]], weight: float) -> Params:
+    """The same parameters with changes beside the kernels of modules, under a name.
 
-    down: (I, R), or for a convolution (kh, kw, I, R). up: (R, O).
-    """
-
-    down: Array
-    up: Array
-
-
-def attach(params: Params, name: str, changes: Mapping[str, LowRank], weight: float) -> Params:
-    """The same parameters with the changes of these modules (dotted names) beside their kernels, under a name.
+    Args:
+      params: nested dicts of arrays.
+      name: to call them by.
+      changes: by module (dotted names): down, (I, R) or for a convolution (kh, kw, I, R), and up, (R, O). What is added
+        to the kernel is down @ up.
+      weight: factor of all.
 
     Raises:
       ValueError: there are changes of this name.

@@ -1,7 +1,6 @@
 """What a path is: refusals of other things by name, and descriptions."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,7 +39,6 @@ def test_paths_without_a_model(tmp_path, shapes):
     for path, message in (
         (tmp_path / "missing.ckpt", "there is no such file or folder$"),
         (tmp_path, "a folder without a model_index.json"),
-        (Path("someone/stable-diffusion"), "hf download someone/stable-diffusion --local-dir stable-diffusion"),
     ):
         with pytest.raises(CheckpointError, match=message):
             checkpoints.load(path, shapes)
