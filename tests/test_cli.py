@@ -17,6 +17,7 @@ from PIL import Image
 import sdjax
 from sdjax import checkpoints, cli, generation, images, options, outputs, pipeline, recipe, samplers
 from sdjax.models.config import TINY
+from sdjax.schedule import PREDICTIONS
 from sdjax.tokenizer import Tokenizer
 
 VERSIONS = {"sdjax": sdjax.__version__, "jax": "0.10.2", "jaxlib": "0.10.2", "platform": "cpu", "device": "cpu"}
@@ -179,7 +180,9 @@ def test_every_argument_of_generate_has_an_option(capsys):
 
 
 def test_dtypes_are_those_there_are():
-    assert options.DTYPES == pipeline.DTYPES
+    assert options.DTYPES == pipeline.DTYPES == checkpoints.DTYPES
+    assert ("native", *checkpoints.LAYOUTS) == options.LAYOUTS
+    assert options.PREDICTIONS == PREDICTIONS
 
 
 def test_version_names_jax_too(capsys):
@@ -674,7 +677,8 @@ def test_convert(monkeypatch, capsys):
     open("a.ckpt", "w").close()
     assert run("convert", "a.ckpt", "b.safetensors") == 0
     assert run("convert", "a.ckpt", "b.safetensors", "--no-ema", "--dtype", "bfloat16") == 0
-    assert [options for _, options in calls] == [{"ema": None, "dtype": None}, {"ema": False, "dtype": "bfloat16"}]
+    plain = {"ema": None, "dtype": None, "prediction": None, "layout": "native"}
+    assert [options for _, options in calls] == [plain, plain | {"ema": False, "dtype": "bfloat16"}]
     assert [str(path) for path in calls[0][0][:2]] == ["a.ckpt", "b.safetensors"]
     assert calls[0][0][2] is pipeline.shapes
     assert capsys.readouterr().out == "b.safetensors\n" * 2
@@ -688,7 +692,9 @@ def test_convert(monkeypatch, capsys):
         assert run("convert", "a.ckpt", target) == 2
         assert message in capsys.readouterr().err
     assert len(calls) == 2
-    assert run("convert", "a.ckpt", "c.safetensors", "--overwrite") == 0
+    assert run("convert", "a.ckpt", "c.safetensors", "--overwrite", "--layout", "ldm", "--prediction", "v") == 0
+    assert calls[-1][1] == plain | {"layout": "ldm", "prediction": "v"}
+    assert run("convert", "a.ckpt", "c.safetensors", "--overwrite", "--layout", "diffusers") == 2  # never a folder
 
 
 def test_cache(monkeypatch, capsys, tmp_path):
