@@ -200,7 +200,7 @@ def _load(
     opened = contents.read(path, variant)
     config = _config(path, opened, prediction)
     targets = native.flatten(shapes(config))
-    averages = opened.format != contents.FOLDER and identity.has_averages(opened.tensors)
+    averages = opened.format not in (contents.FOLDER, contents.FLAX) and identity.has_averages(opened.tensors)
     if ema and not averages:
         raise CheckpointError(
             f"{path}: it has one set of weights, so there are no averaged ones to choose; leave ema out"
@@ -209,9 +209,11 @@ def _load(
         same = {target: Source(target, Kind.SAME) for target in targets}
         found = weights.assemble(path, opened.tensors, same, targets, spelling=str)
         return config, native.unflatten(found), {}
-    sources = LAYOUTS["diffusers" if opened.format == contents.FOLDER else "ldm"](config, targets)
+    tables = {contents.FOLDER: names.folder, contents.FLAX: names.flax}
+    sources = tables.get(opened.format, names.ldm)(config, targets)
     if not averages:
-        return config, native.unflatten(weights.assemble(path, opened.tensors, sources, targets)), {}
+        spelling = str if opened.format == contents.FLAX else names.spelling
+        return config, native.unflatten(weights.assemble(path, opened.tensors, sources, targets, (), spelling)), {}
     averaged = names.averaged(sources)
     both = {source.name for source in (*sources.values(), *averaged.values())}
     found = weights.assemble(path, opened.tensors, sources if ema is False else averaged, targets, both)
@@ -223,7 +225,7 @@ def _config(path: Path, opened: Contents, prediction: str | None = None) -> Conf
     kind, original = identity.identify(opened)
     if opened.is_native:
         config = native.config_of(opened.metadata, path)
-    elif opened.format == contents.FOLDER and opened.metadata.get("_class_name") in identity.PIPELINES:
+    elif opened.format in (contents.FOLDER, contents.FLAX) and opened.metadata.get("_class_name") in identity.PIPELINES:
         config = configurations.read_folder(path)
     elif CONFIG in opened.metadata:
         config = native.parse(opened.metadata[CONFIG], path)

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints import configurations, native, pytorch, safetensors
+from sdjax.checkpoints import configurations, msgpack, native, pytorch, safetensors
 from sdjax.checkpoints.errors import CheckpointError
 
-SAFETENSORS, PYTORCH, FOLDER = "safetensors", "PyTorch (zip)", "diffusers folder"
+SAFETENSORS, PYTORCH, FOLDER, FLAX = "safetensors", "PyTorch (zip)", "diffusers folder", "diffusers-Flax folder"
 PARTS = ("text_encoder", "unet", "vae")
 # The weights of a folder's part, in the order of preference; "index" names the shards of a part in several files.
 STEMS = {"text_encoder": ("model", "pytorch_model"), "unet": ("diffusion_pytorch_model",)}
 STEMS["vae"] = STEMS["control"] = STEMS["unet"]
+FLAX_STEMS = {"text_encoder": "flax_model", "unet": "diffusion_flax_model", "vae": "diffusion_flax_model"}
 VARIANTS = ("", ".fp16", ".bf16", ".non_ema")
 ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
@@ -27,7 +28,7 @@ class Contents:
     """A file or folder, opened.
 
     Attributes:
-      format: SAFETENSORS, PYTORCH or FOLDER.
+      format: SAFETENSORS, PYTORCH, FOLDER or FLAX.
       tensors: arrays by name, mapped read-only; those of a folder with the name of their part before it.
       metadata: strings that a safetensors file has of its own; a folder's `model_index.json`, where one is text.
       others: names of what is saved beside the tensors in a PyTorch file.
@@ -133,6 +134,13 @@ def _read_file(path: Path) -> Contents:
 def _read_folder(path: Path, variant: str | None) -> Contents:
     index = configurations.read_json(path / "model_index.json")
     tensors: dict[str, np.ndarray] = {}
+    if all((path / part / f"{FLAX_STEMS[part]}.msgpack").is_file() for part in PARTS) and not any(
+        (path / part / name).is_file() for part in PARTS for name in candidates(part)
+    ):
+        for part in PARTS:
+            file = path / part / f"{FLAX_STEMS[part]}.msgpack"
+            tensors |= {f"{part}.{name}": array for name, array in msgpack.read(file).items()}
+        return Contents(FLAX, tensors, index)
     for part in PARTS:
         tensors |= {f"{part}.{name}": array for name, array in read_part(path / part, part, variant).items()}
     return Contents(FOLDER, tensors, index)

@@ -42,6 +42,9 @@ PIPELINES = (
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInpaintPipelineLegacy",
+    "FlaxStableDiffusionPipeline",
+    "FlaxStableDiffusionImg2ImgPipeline",
+    "FlaxStableDiffusionInpaintPipeline",
 )
 CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 INPUT = "model.diffusion_model.input_blocks.0.0.weight"
@@ -58,7 +61,7 @@ CONFIGS = {(768, 4): SD1, (768, 9): SD1_INPAINTING, (1024, 4): SD2_V, (1024, 9):
 
 def identify(opened: Contents) -> Identity:
     """What the tensors are, in words that finish the sentence "this is ..."."""
-    if opened.format == contents.FOLDER:
+    if opened.format in (contents.FOLDER, contents.FLAX):
         return _folder(opened)
     if opened.is_native:
         return Identity("a native file of sdjax")
@@ -87,10 +90,24 @@ def _folder(opened: Contents) -> Identity:
     pipeline = opened.metadata.get("_class_name")
     if pipeline not in PIPELINES:
         return Identity(f"a diffusers folder of {pipeline!r:.80}")
-    context = _shape(opened.tensors, "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight")
-    inputs = _shape(opened.tensors, "unet.conv_in.weight")
-    family = CONTEXT_WIDTHS.get(context[1] if len(context) == 2 else 0, "Stable Diffusion of another size")
-    return Identity(family + IN_CHANNELS.get(inputs[1] if len(inputs) == 4 else 0, " with other input channels"))
+    if opened.format == contents.FLAX:  # its matrices lie as ours do
+        telling = (
+            ("unet.down_blocks_0.attentions_0.transformer_blocks_0.attn2.to_k.kernel", 0),
+            ("unet.conv_in.kernel", 2),
+        )
+    else:
+        telling = (
+            ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight", 1),
+            ("unet.conv_in.weight", 1),
+        )
+    context, inputs = (_size(opened.tensors, name, axis) for name, axis in telling)
+    family = CONTEXT_WIDTHS.get(context, "Stable Diffusion of another size")
+    return Identity(family + IN_CHANNELS.get(inputs, " with other input channels"))
+
+
+def _size(tensors: Mapping[str, np.ndarray], name: str, axis: int) -> int:
+    shape = _shape(tensors, name)
+    return shape[axis] if axis < len(shape) else 0
 
 
 def _any(pattern: str, strings: Iterable[str]) -> bool:

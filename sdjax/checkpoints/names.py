@@ -135,6 +135,16 @@ OPEN_CLIP = (
 )
 PACKED = ("q_proj", "k_proj", "v_proj")  # one matrix in torch's attention
 
+# Our names, and what they were in diffusers' and transformers' Flax models.
+FLAX = (
+    (r"text_encoder\.", "text_encoder.text_model."),
+    (r"(text_encoder\..*\.layers)_(\d+)\.", r"\1.\2."),
+    (r"(vae\..*\.attentions_0)\.to_q\.", r"\1.query."),
+    (r"(vae\..*\.attentions_0)\.to_k\.", r"\1.key."),
+    (r"(vae\..*\.attentions_0)\.to_v\.", r"\1.value."),
+    (r"(vae\..*\.attentions_0)\.to_out_0\.", r"\1.proj_attn."),
+)
+
 # Other spellings of one layout, brought to the one that the tables have.
 SPELLINGS = (
     # Files written by transformers since 5.6, or before 4.26.
@@ -182,6 +192,17 @@ def is_buffer(name: str) -> bool:
 def folder(config: Config, targets: Iterable[str]) -> dict[str, Source]:
     """Where each of our tensors (dotted names) is in a diffusers folder, with the subfolder before the name."""
     return {target: _source(target, config, FOLDER_ROOTS, {}, {}) for target in targets}
+
+
+def flax(config: Config, targets: Iterable[str]) -> dict[str, Source]:
+    """Where each of our tensors (dotted names) is in a folder of diffusers' Flax models: nearly where it is in ours."""
+    sources = {}
+    for target in targets:
+        name = target
+        for pattern, replacement in FLAX:
+            name = re.sub(rf"^{pattern}", replacement, name)
+        sources[target] = Source(name, Kind.SAME)
+    return sources
 
 
 def ldm(config: Config, targets: Collection[str]) -> dict[str, Source]:
