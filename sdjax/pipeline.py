@@ -21,6 +21,7 @@ from sdjax.models.config import Config
 from sdjax.models.controlnet import ControlNet
 from sdjax.models.layers import apply
 from sdjax.models.text_encoder import TextEncoder
+from sdjax.models.tiny_decoder import TinyDecoder
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
 from sdjax.schedule import PREDICTIONS, Schedule
@@ -44,6 +45,11 @@ def _unet(config: Config, dtype: str, params: Params, *arguments: jax.Array | No
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
 def _vae(config: Config, dtype: str, params: Params, method: str, x: jax.Array) -> Any:
     return apply(VAE(config.vae, jnp.dtype(dtype)), params["vae"], x, method=method)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tiny(dtype: str, params: Params, latents: jax.Array) -> jax.Array:
+    return apply(TinyDecoder(jnp.dtype(dtype)), params, latents)
 
 
 class Lora(NamedTuple):
@@ -74,6 +80,7 @@ class StableDiffusion:
       digest: of samples of its weights as they are computed with.
       loras: what `with_lora` added, in this order.
       embeddings: what `with_embedding` added.
+      tiny_decoder: TAESD's parameters, where `with_tiny_decoder` added them.
       controls: the ControlNets that `with_controlnet` added, by name: their parameters.
     """
 
@@ -85,6 +92,7 @@ class StableDiffusion:
     digest: str
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
+    tiny_decoder: Params | None = None
     controls: Mapping[str, Params] = dataclasses.field(default_factory=dict)
 
     @property
@@ -220,6 +228,31 @@ class StableDiffusion:
         host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(self.dtype)), found)
         return dataclasses.replace(self, controls={**self.controls, name: jax.tree.map(jax.device_put, host)})
 
+    def with_tiny_decoder(self, path: str | Path) -> StableDiffusion:
+        """The same model with TAESD's decoder for `preview`.
+
+        Args:
+          path: of `taesd_decoder.safetensors` or `.pth`, or of diffusers' AutoencoderTiny, file or folder.
+
+        Raises:
+          CheckpointError: it is no such file; or the model has latents of another kind.
+        """
+        if (self.config.vae.latent_channels, self.config.vae.factor) != (4, 8):
+            raise checkpoints.CheckpointError(
+                f"{path}: TAESD is for latents of 4 channels, an eighth of the picture's size"
+            )
+        found = checkpoints.tiny_decoder.read(Path(path), checkpoints.flatten(_tiny_shapes()))
+        host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(self.dtype)), found)
+        return dataclasses.replace(self, tiny_decoder=jax.tree.map(jax.device_put, host))
+
+    def preview(self, latents: jax.Array) -> np.ndarray:
+        """What a callback's latents (B, h, w, z) look like: (B, H, W, 3) uint8; by TAESD where the model has it."""
+        if self.tiny_decoder is None:
+            pictures = self.decode_latents(latents / self.config.vae.scaling_factor)
+        else:
+            pictures = _tiny(self.dtype, self.tiny_decoder, latents)
+        return np.clip(np.rint(np.asarray(pictures) * 127.5 + 127.5), 0, 255).astype(np.uint8)
+
     def place(self, mesh: jax.sharding.Mesh) -> StableDiffusion:
         """The same model with its weights on every device of the mesh; `generate(mesh=)` then has nothing to move."""
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -318,6 +351,10 @@ def control_shapes(config: Config, hint_channels: tuple[int, ...]) -> Params:
         return ControlNet(unet, hint_channels).init(jax.random.key(0), latents, jnp.zeros(1), context, hint)
 
     return jax.eval_shape(init)["params"]
+
+
+def _tiny_shapes() -> Params:
+    return jax.eval_shape(lambda: TinyDecoder().init(jax.random.key(0), jnp.zeros((1, 1, 1, 4))))["params"]
 
 
 def load(

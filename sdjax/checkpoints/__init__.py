@@ -30,6 +30,7 @@ from sdjax.checkpoints import (
     parts,
     safetensors,
     textual_inversion,
+    tiny_decoder,
     weights,
 )
 from sdjax.checkpoints import prediction as predictions
@@ -52,6 +53,7 @@ __all__ = [
     "parts",
     "save",
     "textual_inversion",
+    "tiny_decoder",
 ]
 
 Path_ = str | os.PathLike[str]

@@ -50,24 +50,27 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution with bias, (B, H, W, I) -> (B, H', W', O)."""
+    """A convolution, (B, H, W, I) -> (B, H', W', O)."""
 
     features: int
     dtype: Dtype
     size: int = 3
     stride: int = 1
     padding: Padding = ((1, 1), (1, 1))
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
         out = convolution(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
         for change in changes_of(self):
             low = convolution(x.astype(self.dtype), change["down"].astype(self.dtype), self.stride, self.padding)
             out = out + (change["weight"] * matmul(low, change["up"], self.dtype)).astype(self.dtype)
-        return out + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            out = out + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+        return out
 
 
 class GroupNorm(nn.Module):
