@@ -69,12 +69,19 @@ def seeds(seed: Any, count: int) -> list[int]:
 
 
 def task(config: Config, has_image: bool, has_mask: bool, strength: Any) -> None:
-    """What goes together: a mask and a strength with a picture, a mask with the inpainting model."""
+    """What goes together: a mask and a strength with a picture, a mask with the inpainting model, and so on."""
     if has_mask and not has_image:
         raise ValueError("mask_image: it says where a picture is to be repainted, and there is no image")
     if strength is not None and not has_image:
         raise ValueError("strength: it says how much of a given picture is made anew, and there is no image")
-    if config.unet.in_channels != config.unet.out_channels and not has_mask:
+    if config.edits:
+        if not has_image:
+            raise ValueError("image: this model edits a picture, and there is none")
+        if has_mask or strength is not None:
+            raise ValueError(
+                "mask_image, strength: this model sees the picture and starts from noise; it takes neither"
+            )
+    if config.inpaints and not has_mask:
         raise ValueError("image, mask_image: this model is made for inpainting and needs both")
 
 

@@ -124,7 +124,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         for difference in recipe.differences(old, model, generation.versions()):
             _say(difference)
     wanted = {} if old is None else {"rescale": old.rescale, **old.guidance}
-    for name in ("rescale", "interval", "threshold", "quantile", "perpendicular", "perturbed"):
+    for name in ("rescale", "interval", "threshold", "quantile", "perpendicular", "perturbed", "image_scale"):
         if (given := getattr(arguments, f"guidance_{name}")) is not None:
             wanted[name] = given
     settings |= {

@@ -153,13 +153,13 @@ def generate(
         sampler = model.sampler(sampler)
     inpaint = listed["mask_image"] is not None
     if strength is None:
-        strength = 1.0 if inpaint or listed["image"] is None else 0.8
+        strength = 1.0 if inpaint or config.edits or listed["image"] is None else 0.8
     rows = sampler.rows(num_inference_steps, strength, exact_steps=exact_steps)
     if sampler.algorithm.inverse:
         raise ValueError(f"sampler: {sampler.name} goes from a picture to noise; use it with sdjax.samplers.sample")
     if brownian and not rows.is_path:
         raise ValueError(f"brownian: {sampler.name} goes back up in noise, so its noises are no single path")
-    if listed["image"] is None or (inpaint and strength == 1):
+    if listed["image"] is None or config.edits or (inpaint and strength == 1):
         rows = rows.from_noise()
     # With exact_steps the run is the end of a longer one: its scales, too, are those of the steps that are made.
     steps = int(rows.step[-1]) + 1
@@ -168,7 +168,9 @@ def generate(
     guided = bool(sampler.reads_unguided or composed or (scales > 1.0).any())
     options = guidance or guidance_functions.Options()
     rows = rows.padded(samplers.bucket(len(rows)))
-    guide = _guide(options, rows, np.pad(scales, (0, len(rows) - len(scales))), steps, guided)
+    if config.edits and options.perpendicular is not None:
+        raise ValueError("guidance.perpendicular: this model's guidance is away from the picture; it has no such kind")
+    guide = _guide(options, rows, np.pad(scales, (0, len(rows) - len(scales))), steps, guided, config.edits)
     if composed and options.interval is not None:
         raise ValueError("guidance.interval: outside of it one prompt is evaluated, and AND joins several")
     if composed and options.perturbed is not None:
@@ -293,7 +295,7 @@ def _default_model() -> StableDiffusion:
 
 
 def _guide(
-    options: guidance_functions.Options, rows: samplers.Rows, scales: np.ndarray, steps: int, guided: bool
+    options: guidance_functions.Options, rows: samplers.Rows, scales: np.ndarray, steps: int, guided: bool, edits: bool
 ) -> Guide:
     """What the program needs of the options; without guidance only the threshold is left."""
 
@@ -314,6 +316,7 @@ def _guide(
         number(options.quantile),
         number(perpendicular),
         number(options.perturbed),
+        number(options.image_scale) if edits and guided else None,
         None if options.loss is None else number(options.loss_scale),
     )
 

@@ -31,6 +31,8 @@ class Options:
         (Armandpour et al. 2023, Perp-Neg), and guidance is away from the empty prompt. It costs a third evaluation.
       perturbed: with it the output is also pushed away, by so much, from one whose middle self-attention was switched
         off (Ahn et al. 2024, PAG; 3 is usual). It costs another evaluation, and works without a prompt too.
+      image_scale: of a model that edits pictures (InstructPix2Pix), how close to the picture it stays
+        (Brooks et al. 2023, eq. 3, their s_I). Its guidance costs a third evaluation.
       loss: pictures (B, H, W, 3) in about [-1, 1] -> (B,), differentiable by JAX: every step goes down its gradient
         by the latents, through the decoder and the UNet (Bansal et al. 2023, forward universal guidance).
       loss_scale: the predicted clean latents move by so much times that gradient.
@@ -45,6 +47,7 @@ class Options:
     quantile: float | None = None
     perpendicular: float | None = None
     perturbed: float | None = None
+    image_scale: float = 1.5
     loss: Callable[[jax.Array], jax.Array] | None = None
     loss_scale: float = 1.0
 
@@ -68,6 +71,7 @@ class Options:
             _check("perpendicular", self.perpendicular, 0, 1e3)
         if self.perturbed is not None:
             _check("perturbed", self.perturbed, 0, 1e3)
+        _check("image_scale", self.image_scale, 0, 1e3)
         if not (self.loss is None or callable(self.loss)):
             raise ValueError(f"guidance.loss: expected a function of pictures, got {self.loss!r}")
         _check("loss_scale", self.loss_scale, -1e9, 1e9)

@@ -161,6 +161,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--control-image", metavar="FILE", action="append", default=[], help="what the ControlNet is to follow")
     scale = "how strongly (default: 1)"
     add("--control-scale", metavar="X", type=_number(float, -10, 10), action="append", default=[], help=scale)
+    close = "with a model that edits pictures: how close to the picture it stays (default: 1.5)"
+    add("--guidance-image-scale", type=_number(float, 0), metavar="X", help=close)
     part = "a mask for one of the prompts that AND joins, white where it counts; give one for each, in their order"
     add("--regions", metavar="FILE", action="append", help=part)
     add("--sampler", metavar="NAME", help="by our, diffusers' or A1111's name (default: ddpm)")

@@ -80,6 +80,7 @@ class Guide(NamedTuple):
     quantile: Array | None = None  # () float32
     perpendicular: Array | None = None  # () float32
     perturbed: Array | None = None  # () float32
+    image_scale: Array | None = None  # () float32, of a model that edits
     loss_scale: Array | None = None  # () float32, with a loss
 
 
@@ -118,7 +119,7 @@ class Conditions(NamedTuple):
     prompt: Context
     away: list[Context]  # what guidance leads away from: the unguided one first, then a perpendicular one
     path: jax.Array | None  # (T, B, h, w, z), the rows' noises where they are one Brownian motion
-    extra: jax.Array | None  # (B, h, w, z + 1): mask and masked picture, for the 9-channel UNet
+    extra: jax.Array | None  # (B, h, w, z + 1): mask and masked picture; or (B, h, w, z), the picture to be edited
     clean: jax.Array | None  # (B, h, w, z): the picture's latents, scaled
     noise: Array  # (B, h, w, z): the noise the run started from
     repaint: jax.Array | None  # (B, h, w, 1): 1 where any pixel of a latent is to be repainted
@@ -178,6 +179,8 @@ def start(job: Job, params: Params, inputs: Inputs) -> tuple[jax.Array, Conditio
 
     others = [each for each in (inputs.empty, inputs.negative) if each is not None]
     prompt, *away = encode_prompts(job, params, [inputs.prompt, *others])
+    if config.edits:
+        away = away * 2  # without the picture, and with it
     path = noise.brownian(inputs.seeds, inputs.rows.span, shape) if job.brownian else None
 
     start_noise = inputs.start_noise
@@ -189,11 +192,15 @@ def start(job: Job, params: Params, inputs: Inputs) -> tuple[jax.Array, Conditio
         encode_noise = inputs.encode_noise
         if encode_noise is None:
             encode_noise = noise.normal(inputs.seeds, noise.ENCODE, 0, shape)
-        clean = encode_picture(job, params, pixels, encode_noise)
+        if config.edits:
+            # As it was trained: the mean, without the scale.
+            extra = apply(VAE(config.vae, jnp.dtype(job.dtype)), params["vae"], pixels, method="encode")[0]
+        else:
+            clean = encode_picture(job, params, pixels, encode_noise)
         if mask is not None:
             hard = (mask >= 0.5).astype(jnp.float32)
             repaint = max_pool(mask, config.vae.factor)
-            if config.unet.in_channels > config.unet.out_channels:
+            if config.inpaints:
                 # The inpainting model was trained on masks resized by picking pixels, and never blends.
                 picked = hard[:, :: config.vae.factor, :: config.vae.factor]
                 masked = encode_picture(job, params, pixels * (1.0 - hard), encode_noise)
@@ -212,11 +219,12 @@ def step(
     row = inputs.rows[number]
     guide = jax.tree.map(lambda value: value[number] if np.ndim(value) else value, inputs.guide)
 
-    def evaluate(x: jax.Array, time: jax.Array, contexts: list[Context]) -> jax.Array:
+    def evaluate(x: jax.Array, time: jax.Array, contexts: list[Context], blind: int = 0) -> jax.Array:
         """(B, h, w, z) -> (B, K, h, w, z): the outputs for all the prompts of these contexts.
 
         A picture's K evaluations are neighbours in the batch, so that over several devices it stays on its own. With
-        perturbed attention one more comes last, of the last prompt.
+        perturbed attention one more comes last, of the last prompt. The first `blind` of them do not see the picture
+        that is to be edited.
         """
         contexts = contexts if guide.perturbed is None else [*contexts, conditions.prompt]
         states, windows = (
@@ -228,7 +236,8 @@ def step(
         x, times = jnp.repeat(x, k, 0), jnp.broadcast_to(time, (b * k,))
         added = control(job, params, inputs, number, x, times, states, key_mask) if job.controls else None
         if conditions.extra is not None:
-            x = jnp.concatenate([x, jnp.repeat(conditions.extra, k, 0)], -1)
+            seen = (jnp.arange(b * k) % k >= blind).astype(jnp.float32)[:, None, None, None]
+            x = jnp.concatenate([x, seen * jnp.repeat(conditions.extra, k, 0)], -1)
         unet = UNet(job.config.unet, jnp.dtype(job.dtype))
         if guide.perturbed is None:
             output = apply(unet, params["unet"], x, times, states, key_mask, added)
@@ -242,13 +251,17 @@ def step(
         return away_from_perturbed(outputs, outputs[:, 0]), outputs[:, 0]
 
     def guided(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
-        outputs = evaluate(x, time, [*conditions.away, conditions.prompt])
-        base, each = outputs[:, 0], outputs[:, len(conditions.away) :][:, : conditions.prompt.states.shape[1]]
+        edits = guide.image_scale is not None
+        outputs = evaluate(x, time, [*conditions.away, conditions.prompt], blind=int(edits))
+        first, base = outputs[:, 0], outputs[:, int(edits)]
+        each = outputs[:, len(conditions.away) :][:, : conditions.prompt.states.shape[1]]
         alone = each.shape[1] == 1
         conditional = each[:, 0] if alone else guidance.compose(each, base, conditions.prompt.composition)
         if guide.perpendicular is not None:
             conditional = guidance.across(conditional, base, outputs[:, 1], guide.perpendicular)
         guided = guidance.guide(conditional, base, guide.scale, guide.rescale)
+        if edits:
+            guided = guided + (guide.image_scale - 1.0) * (base - first)
         return away_from_perturbed(outputs, guided), base
 
     def away_from_perturbed(outputs: jax.Array, guided: jax.Array) -> jax.Array:

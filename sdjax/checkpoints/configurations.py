@@ -281,8 +281,7 @@ def check(config: Config, path: str | os.PathLike[str]) -> None:
             and not any(width % heads for width, heads in zip(unet.channels, unet.num_heads, strict=True)),
             "unet.channels": not any(width % unet.norm_groups for width in unet.channels) and unet.channels[0] % 2 == 0,
             "unet.context_width": unet.context_width == text.width,
-            # Latents, or for inpainting latents, mask and the latents of the masked picture.
-            "unet.in_channels": unet.in_channels in (vae.latent_channels, 2 * vae.latent_channels + 1),
+            "unet.in_channels": unet.in_channels == vae.latent_channels or config.edits or config.inpaints,
             "unet.out_channels": unet.out_channels == vae.latent_channels,
             "vae.blocks_per_level": vae.blocks_per_level <= 16,
             "vae.channels": not any(width % vae.norm_groups for width in vae.channels),

@@ -55,10 +55,10 @@ def _texts(config: Config) -> dict[str, str]:
     padding = next(token for token, i in configurations.PADDINGS.items() if i == config.text_encoder.padding_id)
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
     special["pad_token"] = padding
-    class_ = "StableDiffusionPipeline" if config.unet.in_channels == config.unet.out_channels else None
+    kind = "InstructPix2Pix" if config.edits else "Inpaint" if config.inpaints else ""
     objects: dict[str, Any] = {
         "model_index.json": {
-            "_class_name": class_ or "StableDiffusionInpaintPipeline",
+            "_class_name": f"StableDiffusion{kind}Pipeline",
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],

@@ -10,7 +10,7 @@ import numpy as np
 
 from sdjax.checkpoints import contents, names
 from sdjax.checkpoints.contents import Contents
-from sdjax.models.config import SD1, SD1_INPAINTING, SD2_INPAINTING, SD2_V, Config
+from sdjax.models.config import SD1, SD1_EDITING, SD1_INPAINTING, SD2_INPAINTING, SD2_V, Config
 
 
 class Identity(NamedTuple):
@@ -42,6 +42,7 @@ PIPELINES = (
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInpaintPipelineLegacy",
+    "StableDiffusionInstructPix2PixPipeline",
     "FlaxStableDiffusionPipeline",
     "FlaxStableDiffusionImg2ImgPipeline",
     "FlaxStableDiffusionInpaintPipeline",
@@ -54,9 +55,15 @@ IN_CHANNELS = {
     9: " for inpainting",
     5: " with a depth map as its input",
     7: " for upscaling",
-    8: " of the InstructPix2Pix kind, which takes a picture beside the latents",
+    8: " of the InstructPix2Pix kind",
 }
-CONFIGS = {(768, 4): SD1, (768, 9): SD1_INPAINTING, (1024, 4): SD2_V, (1024, 9): SD2_INPAINTING}
+CONFIGS = {
+    (768, 4): SD1,
+    (768, 8): SD1_EDITING,
+    (768, 9): SD1_INPAINTING,
+    (1024, 4): SD2_V,
+    (1024, 9): SD2_INPAINTING,
+}
 
 
 def identify(opened: Contents) -> Identity:

@@ -25,7 +25,8 @@ class TextEncoderConfig:
 class UNetConfig:
     """The denoiser (Rombach et al. 2022): a U-Net with cross-attention to the text."""
 
-    in_channels: int = 4  # 9 for inpainting: latents, mask, latents of the masked picture
+    # 9 for inpainting: latents, mask, latents of the masked picture; 8 for editing: latents, latents of the picture.
+    in_channels: int = 4
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     blocks_per_level: int = 2
@@ -68,6 +69,16 @@ class Config:
     prediction: str = "epsilon"  # what the UNet was trained to return: "epsilon", "v" or "sample"
     image_size: int = 512  # pixels per side that the model was trained at
 
+    @property
+    def edits(self) -> bool:
+        """Whether the model takes a picture beside the latents (InstructPix2Pix, Brooks et al. 2023)."""
+        return self.unet.in_channels == 2 * self.vae.latent_channels
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the model takes a mask and the masked picture beside the latents."""
+        return self.unet.in_channels == 2 * self.vae.latent_channels + 1
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, as JSON holds them."""
         return dataclasses.asdict(self)
@@ -97,6 +108,7 @@ def _build(cls: type, fields: Any, where: str) -> Any:
 
 SD1 = Config()
 SD1_INPAINTING = dataclasses.replace(SD1, unet=dataclasses.replace(SD1.unet, in_channels=9))
+SD1_EDITING = dataclasses.replace(SD1, unet=dataclasses.replace(SD1.unet, in_channels=8))
 # OpenCLIP's ViT-H has one layer more, which SD 2 does not use.
 SD2_BASE = Config(
     text_encoder=TextEncoderConfig(

@@ -8,7 +8,7 @@ import torch
 
 from sdjax import checkpoints
 from sdjax.checkpoints import CheckpointError, identity, names, native, safetensors
-from sdjax.models.config import SD1, SD1_INPAINTING, SD2_INPAINTING, SD2_V, TINY
+from sdjax.models.config import SD1, SD1_EDITING, SD1_INPAINTING, SD2_INPAINTING, SD2_V, TINY
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,6 @@ def unet_of(context, channels):
         ({"model.diffusion_model.joint_blocks.0.x": (3,)}, "Stable Diffusion 3"),
         ({"double_blocks.0.x": (3,)}, "FLUX"),
         (unet_of(1024, 5), "Stable Diffusion 2.x with a depth map"),
-        (unet_of(768, 8), "Stable Diffusion 1.x of the InstructPix2Pix kind"),
         (unet_of(500, 4), "a latent diffusion model with a context 500 wide"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (3,)}, "a UNet alone"),
         ({"down_blocks.0.resnets.0.time_emb_proj.weight": (3,)}, "a UNet alone"),
@@ -126,6 +125,7 @@ def hollow(path, tensors):
     [
         (SD1, "Stable Diffusion 1.x", 1_066_235_307),
         (SD1_INPAINTING, "Stable Diffusion 1.x for inpainting", 1_066_249_707),
+        (SD1_EDITING, "Stable Diffusion 1.x of the InstructPix2Pix kind", 1_066_246_827),
         (SD2_V, "Stable Diffusion 2.x", 1_289_952_427),
         (SD2_INPAINTING, "Stable Diffusion 2.x for inpainting", 1_289_966_827),
     ],
@@ -134,7 +134,7 @@ def test_descriptions_of_full_size(tmp_path, shapes, config, kind, parameters):
     targets = native.flatten(shapes(config))
     table = names.ldm(config, targets)
     tensors = {source.name: source.their_shape(targets[target].shape) for target, source in table.items()}
-    assert len(tensors) == (1130 if config in (SD1, SD1_INPAINTING) else 686 + 248 + 280)
+    assert len(tensors) == (1130 if config.text_encoder == SD1.text_encoder else 686 + 248 + 280)
     hollow(tmp_path / "a.ckpt", tensors)
     assert checkpoints.describe(tmp_path / "a.ckpt") == {
         "file": str(tmp_path / "a.ckpt"),
