@@ -9,20 +9,20 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
-from sdjax import arguments, compilation_cache, control, images, noise, pipeline, program, samplers
+from sdjax import arguments, compilation_cache, control, images, pipeline, program, samplers, tasks
 from sdjax import guidance as guidance_functions
-from sdjax.canvas import Canvas, PictureSource, read_canvases
+from sdjax.canvas import PictureSource, read_canvases
 from sdjax.pipeline import StableDiffusion
-from sdjax.program import Guide, Inputs, Job, Picture, Result
-from sdjax.prompts import Conditioning, encode, split_and
+from sdjax.program import Inputs, Job, Result
+from sdjax.prompts import encode, split_and
 from sdjax.recipe import Recipe, texts
 
 logger = logging.getLogger(__name__)
@@ -30,20 +30,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_BATCH = 8  # pictures at once, where nobody says
 
 Callback = Callable[[int, int, jax.Array], "bool | None"]
-
-
-class Task(NamedTuple):
-    """Everything that the N pictures of one call differ in; chunks of it go through the program."""
-
-    prompts: list[str]
-    negatives: list[str]
-    seeds: list[int]
-    prompt: Conditioning
-    negative: Conditioning | None
-    empty: Conditioning | None
-    canvases: list[Canvas] | None
-    latents: np.ndarray | None  # (N, h, w, z)
-    controls: list[program.Control]  # of N pictures
 
 
 def generate(
@@ -170,7 +156,7 @@ def generate(
     rows = rows.padded(samplers.bucket(len(rows)))
     if config.edits and options.perpendicular is not None:
         raise ValueError("guidance.perpendicular: this model's guidance is away from the picture; it has no such kind")
-    guide = _guide(options, rows, np.pad(scales, (0, len(rows) - len(scales))), steps, guided, config.edits)
+    guide = tasks.guide(options, rows, np.pad(scales, (0, len(rows) - len(scales))), steps, guided, config.edits)
     if composed and options.interval is not None:
         raise ValueError("guidance.interval: outside of it one prompt is evaluated, and AND joins several")
     if composed and options.perturbed is not None:
@@ -188,23 +174,23 @@ def generate(
     if guide.perpendicular is not None:
         empty = jax.tree.map(lambda part: np.repeat(part[-1:, :1], len(prompts), 0), conditioning)
         conditioning = jax.tree.map(lambda part: part[:-1], conditioning)
-    positive = _per_picture(conditioning, repeats, rows)
+    positive = tasks.per_picture(conditioning, repeats, rows)
     decoded = output_type != "latent"
     job = Job(config, model.dtype, height, width, guided, clip_skip, decoded, brownian, options.loss, tuple(followed))
     if regions is not None:
-        positive = positive._replace(composition=_regions(regions, positive.composition, job.latent_shape))
+        positive = positive._replace(composition=tasks.regions(regions, positive.composition, job.latent_shape))
     each = functools.partial(arguments.one_per_picture, repeats=repeats)
-    task = Task(
+    task = tasks.Task(
         prompts=each(prompts),
         negatives=each(negatives),
         seeds=seeds,
         prompt=positive,
-        negative=None if negative is None else _per_picture(negative, repeats, rows),
-        empty=None if empty is None else _per_picture(empty, repeats, rows),
+        negative=None if negative is None else tasks.per_picture(negative, repeats, rows),
+        empty=None if empty is None else tasks.per_picture(empty, repeats, rows),
         canvases=None if canvases is None else each(canvases),
         latents=arguments.start_noise(latents, (count, *job.latent_shape)),
         controls=[
-            program.Control(np.repeat(pixels, repeats, 0), _by_row(scales, rows))
+            program.Control(np.repeat(pixels, repeats, 0), tasks.by_row(scales, rows))
             for pixels, scales in followed.values()
         ],
     )
@@ -259,7 +245,7 @@ def generate(
         with compilation_cache.enabled():
             for first in range(0, count, size):
                 chosen = np.arange(first, first + size).clip(max=count - 1)  # the last picture fills up the last chunk
-                inputs = _place(_inputs(task, chosen, rows, guide), mesh)
+                inputs = tasks.place(tasks.inputs(task, chosen, rows, guide), mesh)
                 if stepwise:
                     result = _run_stepwise(job, params, inputs, progress, callback)
                 else:
@@ -294,61 +280,11 @@ def _default_model() -> StableDiffusion:
     return pipeline.load()
 
 
-def _guide(
-    options: guidance_functions.Options, rows: samplers.Rows, scales: np.ndarray, steps: int, guided: bool, edits: bool
-) -> Guide:
-    """What the program needs of the options; without guidance only the threshold is left."""
-
-    def number(value: float | None) -> np.ndarray | None:
-        return None if value is None else np.asarray(value, np.float32)
-
-    within = None
-    if options.interval is not None and guided:
-        share = np.asarray(rows.step) / steps
-        within = (options.interval[0] <= share) & (share < options.interval[1])
-    perpendicular = options.perpendicular if guided else None
-    rescale = np.asarray(options.rescale, np.float32)
-    return Guide(
-        scales,
-        rescale,
-        within,
-        number(options.threshold),
-        number(options.quantile),
-        number(perpendicular),
-        number(options.perturbed),
-        number(options.image_scale) if edits and guided else None,
-        None if options.loss is None else number(options.loss_scale),
-    )
-
-
 def _recorded(options: guidance_functions.Options) -> dict[str, Any]:
     """What a recipe holds of the options besides the rescale: those that are not as they are by default."""
     defaults = guidance_functions.Options()
     fields = [field.name for field in dataclasses.fields(options) if field.name != "rescale"]
     return {name: getattr(options, name) for name in fields if getattr(options, name) != getattr(defaults, name)}
-
-
-def _regions(
-    sources: Sequence[PictureSource], composition: np.ndarray, latent_shape: tuple[int, int, int]
-) -> np.ndarray:
-    """The weights (B, P) of prompts under AND, each times its mask at the latents' size: (B, P, h, w, 1)."""
-    h, w, _ = latent_shape
-    if not 1 < len(sources) == composition.shape[1] or np.any(composition == 0):
-        raise ValueError(f"regions: got {len(sources)} masks; every prompt must join as many prompts by AND")
-    masks = [images.load_mask(source, name=f"regions[{i}]") for i, source in enumerate(sources)]
-    shares = [np.asarray(mask.resize((w, h), Image.Resampling.BOX), np.float32) / np.float32(255) for mask in masks]
-    return composition[:, :, None, None, None] * np.stack(shares)[None, :, :, :, None]
-
-
-def _per_picture(conditioning: Conditioning, repeats: int, rows: samplers.Rows) -> Conditioning:
-    """Each prompt for as many pictures; its steps as rows of the sampler."""
-    by_row = conditioning._replace(variants=conditioning.variants[..., np.asarray(rows.step)])
-    return jax.tree.map(lambda part: np.repeat(part, repeats, 0), by_row)
-
-
-def _by_row(scales: np.ndarray, rows: samplers.Rows) -> np.ndarray:
-    """Numbers for each of the user's steps, for each row of the sampler."""
-    return np.where(rows.active, scales[np.asarray(rows.step)], 0).astype(np.float32)
 
 
 def _followed(wish: control.Control, params: Any) -> dict[str, Any]:
@@ -358,43 +294,6 @@ def _followed(wish: control.Control, params: Any) -> dict[str, Any]:
         "interval": wish.interval,
         "model_sha256": pipeline.digest(jax.tree.map(np.asarray, params)),
     }
-
-
-def _inputs(task: Task, chosen: np.ndarray, rows: samplers.Rows, guide: Guide) -> Inputs:
-    """The program's arguments for the pictures of these numbers."""
-    prompts = (task.prompt, task.negative, task.empty)
-    prompt, negative, empty = jax.tree.map(lambda part: part[chosen], prompts)
-    picture = None
-    if task.canvases is not None:
-        parts = [task.canvases[i] for i in chosen]
-        masks = [part.mask for part in parts if part.mask is not None]
-        picture = Picture(np.stack([part.pixels for part in parts]), np.stack(masks) if masks else None)
-    return Inputs(
-        prompt=prompt,
-        negative=negative,
-        empty=empty,
-        seeds=noise.seed_words([task.seeds[i] for i in chosen]),
-        rows=rows,
-        guide=guide,
-        picture=picture,
-        controls=tuple(program.Control(each.hint[chosen], each.scale) for each in task.controls),
-        start_noise=None if task.latents is None else task.latents[chosen],
-    )
-
-
-def _place(inputs: Inputs, mesh: Mesh | None) -> Inputs:
-    """The arguments on a mesh: what has a batch is shared out over all its axes, the rest is everywhere."""
-    if mesh is None:
-        return inputs
-    shared = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    common = {"rows", "guide"}
-    placed = {k: jax.device_put(v, everywhere if k in common else shared) for k, v in inputs._asdict().items()}
-    placed["controls"] = tuple(
-        program.Control(jax.device_put(each.hint, shared), jax.device_put(each.scale, everywhere))
-        for each in inputs.controls
-    )
-    return Inputs(**placed)
 
 
 def _run_stepwise(job: Job, params: Any, inputs: Inputs, progress: bool, callback: Callback | None) -> Result | None:
@@ -421,7 +320,7 @@ def _sound(result: Result, first: int) -> list[np.ndarray]:
     return list(np.asarray(result.pictures))
 
 
-def _picture(pixels: np.ndarray, task: Task, common: Recipe, i: int) -> Image.Image:
+def _picture(pixels: np.ndarray, task: tasks.Task, common: Recipe, i: int) -> Image.Image:
     """Picture i with its recipe; of a cropped job, put back into its original."""
     image = Image.fromarray(pixels)
     canvas = None if task.canvases is None else task.canvases[i]

@@ -18,9 +18,10 @@ MAY = {
     "control": {"guidance", "images"},
     "program": {"models", "samplers", "guidance", "noise", "prompts"},
     "pipeline": {"models", "checkpoints", "tokenizer", "schedule", "samplers"},
+    "tasks": {"canvas", "guidance", "images", "noise", "program", "prompts", "samplers"},
     "generation": {
-        "arguments", "canvas", "compilation_cache", "control", "guidance", "images", "noise", "pipeline", "program",
-        "prompts", "recipe", "samplers",
+        "arguments", "canvas", "compilation_cache", "control", "guidance", "images", "pipeline", "program", "prompts",
+        "recipe", "samplers", "tasks",
     },
     "training": {"models", "ops", "schedule", "samplers", "guidance", "noise", "images", "tokenizer", "checkpoints"},
     "cli": {*LOW, "prompts", "checkpoints", "control", "generation", "pipeline", "recipe", "samplers"},
