@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import sdjax
-from sdjax import generation, guidance, program, recipe, samplers
+from sdjax import generation, guidance, noise, program, recipe, samplers
 
 SMALL = {"height": 24, "width": 32, "num_inference_steps": 4}
 
@@ -148,7 +148,7 @@ def test_rescale_and_clip_skip_matter(make):
 
 def test_given_start_noise(make, tiny):
     seed = jax.numpy.asarray(np.array([[0, 1]], np.uint32))
-    normal = np.asarray(sdjax.generation.noise.normal(seed, sdjax.generation.noise.START, 0, (12, 16, 4)))
+    normal = np.asarray(noise.normal(seed, noise.START, 0, (12, 16, 4)))
     assert np.array_equal(make(sampler="ddim", latents=normal), make(sampler="ddim"))
     assert largest(make(sampler="ddim", latents=-normal), make(sampler="ddim")) > 10
 
