@@ -318,6 +318,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         prediction=arguments.prediction,
         dtype=arguments.dtype,
         layout=arguments.layout,
+        hash_source=arguments.hash_source,
     )
     print(target)
 

@@ -93,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     prediction = "what the UNet returns, where the checkpoint does not say it or is wrong"
     add("--prediction", choices=PREDICTIONS, help=prediction)
     add("--dtype", choices=DTYPES, help="round the weights to it (default: keep theirs)")
+    digest = "write the source's SHA-256 into the metadata (default: yes)"
+    add("--hash-source", action=argparse.BooleanOptionalAction, default=True, help=digest)
     add("--overwrite", action="store_true", help="replace TARGET if it exists")
 
     says = "Says what a file is: a PNG's recipe, or the model in a checkpoint."

@@ -18,8 +18,8 @@ import numpy as np
 from sdjax import checkpoints, samplers
 from sdjax.models import low_rank
 from sdjax.models.config import Config
-from sdjax.models.controlnet import ControlNet
 from sdjax.models.layers import apply
+from sdjax.models.shapes import control_shapes, shapes, tiny_decoder_shapes
 from sdjax.models.text_encoder import TextEncoder
 from sdjax.models.tiny_decoder import TinyDecoder
 from sdjax.models.unet import UNet
@@ -128,18 +128,24 @@ class StableDiffusion:
         path = Path(path)
         name = path.stem if name is None else name
         weight = _weight(weight)
+        if name in (lora.name for lora in self.loras):
+            raise ValueError(f"name: there is a LoRA {name!r} already; give this one another")
         leaves = checkpoints.flatten(shapes(self.config))
         changes = checkpoints.lora.read(path, self.config, leaves)
-        params = low_rank.attach(self.params, name, changes, weight)
+        # By its place and not by its name, so that another LoRA of the same shapes runs the same program.
+        params = low_rank.attach(self.params, str(len(self.loras)), changes, weight)
         lora = Lora(name, digest(changes), weight)
         return dataclasses.replace(self, params=params, loras=(*self.loras, lora))
 
     def with_lora_weight(self, name: str, weight: float) -> StableDiffusion:
         """The same model with another weight for one of its LoRAs. Raises ValueError where there is none so called."""
-        weight = _weight(weight)
-        params = low_rank.weigh(self.params, name, weight)
-        loras = tuple(lora._replace(weight=weight) if lora.name == name else lora for lora in self.loras)
-        return dataclasses.replace(self, params=params, loras=loras)
+        weight, known = _weight(weight), [lora.name for lora in self.loras]
+        if name not in known:
+            raise ValueError(f"name: there is no LoRA {name!r}; there are {', '.join(known) or 'none'}")
+        place = known.index(name)
+        params = low_rank.weigh(self.params, str(place), weight)
+        changed = self.loras[place]._replace(weight=weight)
+        return dataclasses.replace(self, params=params, loras=(*self.loras[:place], changed, *self.loras[place + 1 :]))
 
     def with_loras_merged(self) -> StableDiffusion:
         """The same model with its LoRAs added into its weights: as fast as without, and no longer to be weighed."""
@@ -241,7 +247,7 @@ class StableDiffusion:
             raise checkpoints.CheckpointError(
                 f"{path}: TAESD is for latents of 4 channels, an eighth of the picture's size"
             )
-        found = checkpoints.tiny_decoder.read(Path(path), checkpoints.flatten(_tiny_shapes()))
+        found = checkpoints.tiny_decoder.read(Path(path), checkpoints.flatten(tiny_decoder_shapes()))
         host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(self.dtype)), found)
         return dataclasses.replace(self, tiny_decoder=jax.tree.map(jax.device_put, host))
 
@@ -315,46 +321,6 @@ class StableDiffusion:
         config = self.config
         own = {"schedule": self.schedule(), "prediction": config.prediction, "steps_offset": config.steps_offset}
         return samplers.create(name, **{**own, **options})
-
-
-def shapes(config: Config) -> Params:
-    """The parameter tree of a configuration as `jax.ShapeDtypeStruct`s, without making any array."""
-    length = config.text_encoder.max_positions
-    size = 2 ** (len(config.unet.channels) - 1)
-
-    # All within eval_shape: not even a zero is computed.
-    def text_encoder() -> Params:
-        return TextEncoder(config.text_encoder).init(jax.random.key(0), jnp.zeros((1, length), jnp.int32))
-
-    def unet() -> Params:
-        latents = jnp.zeros((1, size, size, config.unet.in_channels))
-        context = jnp.zeros((1, length, config.unet.context_width))
-        return UNet(config.unet).init(jax.random.key(0), latents, jnp.zeros(1), context)
-
-    def vae() -> Params:
-        pixels = jnp.zeros((1, config.vae.factor, config.vae.factor, 3))
-        return VAE(config.vae).init(jax.random.key(0), pixels, jnp.zeros((1, 1, 1, config.vae.latent_channels)))
-
-    models = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
-    return {name: jax.eval_shape(init)["params"] for name, init in models.items()}
-
-
-def control_shapes(config: Config, hint_channels: tuple[int, ...]) -> Params:
-    """The parameter tree of a ControlNet for a model of this configuration, without making any array."""
-    unet = dataclasses.replace(config.unet, in_channels=config.unet.out_channels)
-    size, factor = 2 ** (len(unet.channels) - 1), 2 ** (len(hint_channels) - 1)
-
-    def init() -> Params:
-        latents = jnp.zeros((1, size, size, unet.in_channels))
-        context = jnp.zeros((1, config.text_encoder.max_positions, unet.context_width))
-        hint = jnp.zeros((1, factor * size, factor * size, 3))
-        return ControlNet(unet, hint_channels).init(jax.random.key(0), latents, jnp.zeros(1), context, hint)
-
-    return jax.eval_shape(init)["params"]
-
-
-def _tiny_shapes() -> Params:
-    return jax.eval_shape(lambda: TinyDecoder().init(jax.random.key(0), jnp.zeros((1, 1, 1, 4))))["params"]
 
 
 def load(

@@ -677,7 +677,7 @@ def test_convert(monkeypatch, capsys):
     open("a.ckpt", "w").close()
     assert run("convert", "a.ckpt", "b.safetensors") == 0
     assert run("convert", "a.ckpt", "b.safetensors", "--no-ema", "--dtype", "bfloat16") == 0
-    plain = {"ema": None, "dtype": None, "prediction": None, "layout": "native"}
+    plain = {"ema": None, "dtype": None, "prediction": None, "layout": "native", "hash_source": True}
     assert [options for _, options in calls] == [plain, plain | {"ema": False, "dtype": "bfloat16"}]
     assert [str(path) for path in calls[0][0][:2]] == ["a.ckpt", "b.safetensors"]
     assert calls[0][0][2] is pipeline.shapes
@@ -692,8 +692,21 @@ def test_convert(monkeypatch, capsys):
         assert run("convert", "a.ckpt", target) == 2
         assert message in capsys.readouterr().err
     assert len(calls) == 2
-    assert run("convert", "a.ckpt", "c.safetensors", "--overwrite", "--layout", "ldm", "--prediction", "v") == 0
-    assert calls[-1][1] == plain | {"layout": "ldm", "prediction": "v"}
+    assert (
+        run(
+            "convert",
+            "a.ckpt",
+            "c.safetensors",
+            "--overwrite",
+            "--layout",
+            "ldm",
+            "--prediction",
+            "v",
+            "--no-hash-source",
+        )
+        == 0
+    )
+    assert calls[-1][1] == plain | {"layout": "ldm", "prediction": "v", "hash_source": False}
     assert run("convert", "a.ckpt", "c.safetensors", "--overwrite", "--layout", "diffusers") == 2  # never a folder
 
 

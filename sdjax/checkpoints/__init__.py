@@ -106,6 +106,7 @@ def convert(
     prediction: str | None = None,
     dtype: str | None = None,
     layout: str = "native",
+    hash_source: bool = True,
 ) -> None:
     """Writes any checkpoint that `load` reads as one native file, or in another program's layout, tensor by tensor.
 
@@ -120,6 +121,8 @@ def convert(
       dtype: to round the weights to, "float32" or "bfloat16"; None keeps theirs.
       layout: "native", one file that loads at once; "ldm", the original's single file; "diffusers", a folder.
 
+      hash_source: whether to read a source file once more for its SHA-256.
+
     Raises:
       ValueError: the dtype or the layout is another.
       FileExistsError: the folder is there.
@@ -132,7 +135,7 @@ def convert(
     source = Path(source)
     config, params, chosen = _load(source, shapes, ema, prediction)
     metadata = {"source": source.absolute().name, **chosen}
-    if source.is_file():
+    if hash_source and source.is_file():
         with source.open("rb") as file:
             metadata["source_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     if layout == "native":

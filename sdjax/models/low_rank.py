@@ -23,16 +23,11 @@ def attach(params: Params, name: str, changes: Mapping[str, tuple[Array, Array]]
 
     Args:
       params: nested dicts of arrays.
-      name: to call them by.
+      name: to find them by.
       changes: by module (dotted names): down, (I, R) or for a convolution (kh, kw, I, R), and up, (R, O). What is added
         to the kernel is down @ up.
       weight: factor of all.
-
-    Raises:
-      ValueError: there are changes of this name.
     """
-    if name in names(params):
-        raise ValueError(f"name: there is a LoRA {name!r} already; give this one another")
 
     def visit(node: Params, path: str) -> Params:
         if not isinstance(node, Mapping):
@@ -49,10 +44,7 @@ def attach(params: Params, name: str, changes: Mapping[str, tuple[Array, Array]]
 
 
 def weigh(params: Params, name: str, weight: float) -> Params:
-    """The same with another weight for the changes of this name. Raises ValueError where there are none."""
-    if name not in (known := names(params)):
-        raise ValueError(f"name: there is no LoRA {name!r}; there are {', '.join(known) or 'none'}")
-
+    """The same with another weight for the changes of this name."""
     given = {"weight": jax.device_put(np.float32(weight))}
 
     def change(loras: Params) -> Params:
@@ -73,18 +65,6 @@ def fold(params: Params) -> Params:
         return {**{key: value for key, value in module.items() if key != "lora"}, "kernel": kernel}
 
     return _map(params, folded)
-
-
-def names(params: Params) -> list[str]:
-    """Of all changes in the parameters, in the order in which they came."""
-    found: dict[str, None] = {}
-
-    def visit(module: Params) -> Params:
-        found.update(dict.fromkeys(module["lora"]))
-        return module
-
-    _map(params, visit)
-    return list(found)
 
 
 def changes_of(module: nn.Module) -> list[Mapping[str, jax.Array]]:

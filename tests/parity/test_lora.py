@@ -148,4 +148,4 @@ def test_gradient_with_respect_to_a_weight(models):
         return dataclasses.replace(model, params=params).encode_text(ids).sum()
 
     gradient = jax.grad(norm, allow_int=True)(model.params)["text_encoder"]["encoder"]["layers_0"]["mlp"]["fc1"]
-    assert abs(gradient["lora"]["d"]["weight"]) > 0
+    assert abs(gradient["lora"]["0"]["weight"]) > 0

@@ -1,0 +1,128 @@
+"""How long a model of the size of Stable Diffusion 1.5 takes to load: `python benchmarks/load.py --folder /some/space`
+
+It makes the same random float32 weights as a native file, a diffusers folder and a `.ckpt` (13 GB), and then, each in
+a process of its own, several times in turn:
+
+  sdjax       `sdjax.load` of the native file, until every array is there
+  diffusers   `StableDiffusionPipeline.from_pretrained` of the folder
+  copy        of the `.ckpt` to another file, written through to the disk
+  convert     `checkpoints.convert` of the `.ckpt` to a native file, without the hash of the source
+
+Imports are not counted. Files are in the page cache for all. "memory" is what the process gained in resident memory
+while it loaded (of which, for sdjax, most is the file itself, mapped); "own" is what of it is not a file's.
+Needs `pip install -e ".[test]"`. Writes benchmarks/results/load.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "load.json"
+CONTESTANTS = ("sdjax", "diffusers", "copy", "convert")
+
+
+def make(folder: Path) -> None:
+    import numpy as np
+    import torch
+
+    from sdjax import checkpoints
+    from sdjax.checkpoints import native
+    from sdjax.models.config import SD1
+    from sdjax.models.shapes import shapes
+
+    if (folder / "made").exists():
+        return
+    rng = np.random.default_rng(0)
+    leaves = {name: rng.standard_normal(x.shape, np.float32) for name, x in native.flatten(shapes(SD1)).items()}
+    params = native.unflatten(leaves)
+    checkpoints.save(folder / "native.safetensors", params, SD1)
+    checkpoints.convert(folder / "native.safetensors", folder / "diffusers", shapes, layout="diffusers")
+    original = checkpoints.export(params, SD1, "ldm")
+    state = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in original.items()}
+    torch.save({"state_dict": state, "epoch": 0}, folder / "original.ckpt")
+    (folder / "made").touch()
+
+
+def memory() -> dict[str, int]:
+    """Of this process, resident, in bytes: all of it, and what is not mapped from files."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return {name: 1024 * int(fields[key].split()[0]) for name, key in (("all", "VmRSS"), ("own", "RssAnon"))}
+
+
+def contest(name: str, folder: Path) -> dict[str, float]:
+    """One measurement, in a process that does nothing else."""
+    if name == "sdjax":
+        import jax
+
+        import sdjax
+
+        jax.devices()
+    elif name == "diffusers":
+        import diffusers
+        import transformers  # noqa: F401 - imported by diffusers when it first loads
+    elif name == "convert":
+        from sdjax import checkpoints
+        from sdjax.models.shapes import shapes
+    before, start = memory(), time.perf_counter()
+    if name == "sdjax":
+        loaded = sdjax.load(folder / "native.safetensors", dtype="float32")
+        jax.block_until_ready(loaded.params)
+    elif name == "diffusers":
+        loaded = diffusers.StableDiffusionPipeline.from_pretrained(folder / "diffusers", local_files_only=True)
+    elif name == "copy":
+        with open(folder / "original.ckpt", "rb") as source, open(folder / "copy", "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 24)
+            target.flush()
+            os.fsync(target.fileno())
+    else:
+        checkpoints.convert(folder / "original.ckpt", folder / "converted", shapes, hash_source=False)
+    seconds, after = time.perf_counter() - start, memory()
+    peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    return {"seconds": seconds, **{k: after[k] - before[k] for k in after}, "peak": peak - before["all"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="with 20 GB of space, kept for another run")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    if arguments.contestant:
+        print(json.dumps(contest(arguments.contestant, folder)))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    make(folder)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
+    for _ in range(arguments.repeats):
+        for name in CONTESTANTS:
+            command = [sys.executable, __file__, "--folder", str(folder), "--contestant", name]
+            run = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[name].append(json.loads(run.stdout.splitlines()[-1]))
+    report: dict[str, object] = {package: version(package) for package in ("jax", "torch", "diffusers")}
+    report["native file, GB"] = round((folder / "native.safetensors").stat().st_size / 1e9, 2)
+    medians = {}
+    for name, runs in found.items():
+        seconds = [run["seconds"] for run in runs]
+        medians[name] = statistics.median(seconds)
+        report[name] = {
+            "seconds": [round(f(seconds), 2) for f in (min, statistics.median, max)],
+            **{key: round(max(run[key] for run in runs) / 1e9, 2) for key in ("all", "own", "peak")},
+        }
+    report["diffusers / sdjax"] = round(medians["diffusers"] / medians["sdjax"], 1)
+    report["convert / copy"] = round(medians["convert"] / medians["copy"], 2)
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
