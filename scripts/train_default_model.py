@@ -185,7 +185,8 @@ def train_judge(pictures: Pictures, run: Path, steps: int) -> loop.State:
 
     def loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         images, tokens, frozen = batch
-        for_order, for_size, for_latents, for_contrast, for_light, for_noise = jax.random.split(key, 6)
+        for_place, for_order, for_size, for_latents, for_contrast, for_light, for_noise = jax.random.split(key, 7)
+        images = jax.vmap(moved)(images, jax.random.split(for_place, len(images)))
         # Half of them as the autoencoder decodes latents that are not quite right: what a model draws is no sharper.
         order = jax.random.permutation(for_order, len(images))
         images, tokens, soft = images[order], tokens[order], len(images) // 2
@@ -227,6 +228,19 @@ def train_judge(pictures: Pictures, run: Path, steps: int) -> loop.State:
     params = jax.tree.map(jnp.asarray, towers)
     settings = loop.Settings(steps, seed=4, ema_decay=0.98)
     return loop.train(loss, muon(0.005, steps, falling=1.0), params, batches, settings, run / "judge")
+
+
+def moved(image: jax.Array, key: jax.Array) -> jax.Array:
+    """(H, W, 3) in a slightly other place and size, on its own background."""
+    for_scale, for_shift = jax.random.split(key)
+    scale = jax.random.uniform(for_scale, (), minval=0.9, maxval=1.1)
+    centre = (image.shape[0] - 1) / 2 * (1 - scale)
+    shift = centre + jax.random.uniform(for_shift, (2,), minval=-3.0, maxval=3.0)
+    background = image[0, 0]
+    shown = jax.image.scale_and_translate(
+        image - background, image.shape, (0, 1), jnp.stack([scale] * 2), shift, "linear"
+    )
+    return shown + background
 
 
 def encode_all(pictures: Pictures, vae: Any) -> tuple[np.ndarray, float]:
