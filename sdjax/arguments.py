@@ -77,7 +77,7 @@ def task(config: Config, has_image: bool, has_mask: bool, strength: Any) -> None
     if config.edits:
         if not has_image:
             raise ValueError("image: this model edits a picture, and there is none")
-        if has_mask or strength is not None:
+        if has_mask or strength not in (None, 1):
             raise ValueError(
                 "mask_image, strength: this model sees the picture and starts from noise; it takes neither"
             )

@@ -99,8 +99,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     settings = _settings(arguments, old)
     if old is not None and arguments.model is None and old.model.split(" + ")[0] != "default":
         raise ValueError(f"--model: the picture was made with {old.model!r}; say where that file is")
-    if old is not None and " + " in old.model and not arguments.lora:
-        raise ValueError(f"--lora: the picture was made with {old.model!r}; say where those files are")
+    if old is not None and " + " in old.model and not (arguments.lora or arguments.vae):
+        raise ValueError(f"--lora, --vae: the picture was made with {old.model!r}; say where those files are")
     if arguments.model is not None and not os.path.exists(arguments.model) and not hub.is_name(arguments.model):
         raise ValueError(f"--model: there is no {arguments.model}")
 

@@ -50,7 +50,9 @@ def read(
       ValueError: an unknown name, a picture that cannot be read, another number of pictures or scales.
     """
     read = {}
-    for name, control in (controls or {}).items():
+    # In the model's order, so that the order in which they are named compiles nothing new.
+    order = [*known, *(name for name in controls or {} if name not in known)]
+    for name, control in sorted((controls or {}).items(), key=lambda item: order.index(item[0])):
         if name not in known:
             there = ", ".join(known) or "none; add one with model.with_controlnet"
             raise ValueError(f"controls: the model has no ControlNet {name!r}; it has {there}")

@@ -168,6 +168,10 @@ def generate(
     if padding_mask_crop is not None and output_type != "pil":
         raise ValueError('padding_mask_crop: pictures keep their own sizes; take output_type "pil"')
     followed = control.read(controls, list(model.controls), len(prompts), (height, width), steps)
+    if followed and padding_mask_crop is not None:
+        raise ValueError(
+            "controls, padding_mask_crop: a ControlNet's picture is not cropped with the mask; leave one out"
+        )
     shown = prompts if guide.perpendicular is None else [*prompts, ""]  # for one number of windows in both
     conditioning, negative = encode(model.tokenizer, shown, negatives if guided else None, steps)
     empty = None
@@ -176,7 +180,7 @@ def generate(
         conditioning = jax.tree.map(lambda part: part[:-1], conditioning)
     positive = tasks.per_picture(conditioning, repeats, rows)
     decoded = output_type != "latent"
-    job = Job(config, model.dtype, height, width, guided, clip_skip, decoded, brownian, options.loss, tuple(followed))
+    job = Job(config, model.dtype, height, width, guided, clip_skip, decoded, brownian, options.loss, len(followed))
     if regions is not None:
         positive = positive._replace(composition=tasks.regions(regions, positive.composition, job.latent_shape))
     each = functools.partial(arguments.one_per_picture, repeats=repeats)
@@ -200,7 +204,7 @@ def generate(
         model = model.place(mesh)
     params = model.params
     if followed:
-        params = {**params, "controls": {name: model.controls[name] for name in followed}}
+        params = {**params, "controls": {str(i): model.controls[name].params for i, name in enumerate(followed)}}
     size = min(count, DEFAULT_BATCH) if batch_size is None else arguments.whole("batch_size", batch_size, 1)
     devices = 1 if mesh is None else mesh.size
     size = -(-size // devices) * devices
@@ -237,7 +241,9 @@ def generate(
         exact_steps=exact_steps,
         brownian=brownian,
         regions_sha256=None if regions is None else _digest(positive.composition),
-        controls={name: _followed(controls[name], model.controls[name]) for name in followed} if controls else {},
+        controls={name: _followed(controls[name], model.controls[name].digest) for name in followed}
+        if controls
+        else {},
     )
 
     done: list[np.ndarray] = []
@@ -287,12 +293,12 @@ def _recorded(options: guidance_functions.Options) -> dict[str, Any]:
     return {name: getattr(options, name) for name in fields if getattr(options, name) != getattr(defaults, name)}
 
 
-def _followed(wish: control.Control, params: Any) -> dict[str, Any]:
+def _followed(wish: control.Control, fingerprint: str) -> dict[str, Any]:
     """What a recipe says of a ControlNet; its picture is not in it."""
     return {
         "scale": _plain(wish.scale),
         "interval": wish.interval,
-        "model_sha256": pipeline.digest(jax.tree.map(np.asarray, params)),
+        "model_sha256": fingerprint,
     }
 
 

@@ -32,7 +32,8 @@ class Options:
       perturbed: with it the output is also pushed away, by so much, from one whose middle self-attention was switched
         off (Ahn et al. 2024, PAG; 3 is usual). It costs another evaluation, and works without a prompt too.
       image_scale: of a model that edits pictures (InstructPix2Pix), how close to the picture it stays
-        (Brooks et al. 2023, eq. 3, their s_I). Its guidance costs a third evaluation.
+        (Brooks et al. 2023, eq. 3, their s_I). Its guidance costs a third evaluation; where the guidance scale is at
+        most 1 there is none, as in diffusers.
       loss: pictures (B, H, W, 3) in about [-1, 1] -> (B,), differentiable by JAX: every step goes down its gradient
         by the latents, through the decoder and the UNet (Bansal et al. 2023, forward universal guidance).
       loss_scale: the predicted clean latents move by so much times that gradient.

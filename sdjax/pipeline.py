@@ -60,6 +60,13 @@ class Lora(NamedTuple):
     weight: float
 
 
+class Net(NamedTuple):
+    """A ControlNet that a model has beside it."""
+
+    digest: str
+    params: Params
+
+
 class Embedding(NamedTuple):
     """A textual inversion that a model has."""
 
@@ -81,7 +88,7 @@ class StableDiffusion:
       loras: what `with_lora` added, in this order.
       embeddings: what `with_embedding` added.
       tiny_decoder: TAESD's parameters, where `with_tiny_decoder` added them.
-      controls: the ControlNets that `with_controlnet` added, by name: their parameters.
+      controls: the ControlNets that `with_controlnet` added, by name.
     """
 
     config: Config
@@ -93,7 +100,7 @@ class StableDiffusion:
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
     tiny_decoder: Params | None = None
-    controls: Mapping[str, Params] = dataclasses.field(default_factory=dict)
+    controls: Mapping[str, Net] = dataclasses.field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -195,7 +202,7 @@ class StableDiffusion:
           part: "vae", "unet" or "text_encoder"; None takes the one that is there.
 
         Raises:
-          ValueError: the part is another; or it would take LoRAs or textual inversions away with it.
+          ValueError: the part is another; or what was added to the model is in the old part, or does not fit the new.
           CheckpointError: it is no such part for this model, or it has several and none is chosen.
         """
         if part not in (None, *checkpoints.parts.CALLED):
@@ -204,6 +211,10 @@ class StableDiffusion:
         part, config, found = checkpoints.parts.read(path, part, self.config, shapes)
         if (self.loras and part != "vae") or (self.embeddings and part == "text_encoder"):
             raise ValueError(f"part: the model's LoRAs or textual inversions are in its {part}; add them after it")
+        if (self.controls and config.unet != self.config.unet) or (
+            (self.controls or self.tiny_decoder is not None) and config.vae.factor != self.config.vae.factor
+        ):
+            raise ValueError(f"part: the model's ControlNets or TAESD do not fit this {part}; add theirs after it")
         host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(self.dtype)), found)
         return dataclasses.replace(
             self,
@@ -232,7 +243,8 @@ class StableDiffusion:
             raise ValueError(f"name: there is a ControlNet {name!r} already; give this one another")
         found = checkpoints.controlnet.read(path, self.config, control_shapes)
         host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(self.dtype)), found)
-        return dataclasses.replace(self, controls={**self.controls, name: jax.tree.map(jax.device_put, host)})
+        net = Net(digest(host), jax.tree.map(jax.device_put, host))
+        return dataclasses.replace(self, controls={**self.controls, name: net})
 
     def with_tiny_decoder(self, path: str | Path) -> StableDiffusion:
         """The same model with TAESD's decoder for `preview`.
@@ -262,8 +274,10 @@ class StableDiffusion:
     def place(self, mesh: jax.sharding.Mesh) -> StableDiffusion:
         """The same model with its weights on every device of the mesh; `generate(mesh=)` then has nothing to move."""
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        params, controls = jax.device_put((self.params, self.controls), everywhere)
-        return dataclasses.replace(self, params=params, controls=controls)
+        controls = {
+            name: net._replace(params=jax.device_put(net.params, everywhere)) for name, net in self.controls.items()
+        }
+        return dataclasses.replace(self, params=jax.device_put(self.params, everywhere), controls=controls)
 
     def encode_text(self, token_ids: jax.typing.ArrayLike, clip_skip: int = 0) -> jax.Array:
         """(B, 77) int32 -> (B, 77, D) float32, after the final layer norm."""

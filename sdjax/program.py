@@ -42,7 +42,7 @@ class Job:
     decode: bool = True  # False: the result is latents
     brownian: bool = False  # True: the rows' noises are one Brownian motion
     loss: Callable[[jax.Array], jax.Array] | None = None  # `guidance.Options.loss`
-    controls: tuple[str, ...] = ()  # the ControlNets, by their names in params["controls"]
+    controls: int = 0  # how many ControlNets there are; params["controls"] has them by their places
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -320,8 +320,8 @@ def control(
     """The sum of what the job's ControlNets add to the UNet's skips and middle for these (B K) evaluations."""
     config = dataclasses.replace(job.config.unet, in_channels=job.config.unet.out_channels)
     total: Any = None
-    for name, each in zip(job.controls, inputs.controls, strict=True):
-        own = params["controls"][name]
+    for i, each in enumerate(inputs.controls):
+        own = params["controls"][str(i)]
         hint = jnp.repeat(jnp.asarray(each.hint, jnp.float32) / 255.0, len(x) // len(each.hint), 0)
         net = ControlNet(config, hint_channels(own), jnp.dtype(job.dtype))
         scale = jnp.asarray(each.scale)[number].astype(job.dtype)

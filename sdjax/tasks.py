@@ -60,7 +60,8 @@ def place(inputs: Inputs, mesh: Mesh | None) -> Inputs:
     shared = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     everywhere = NamedSharding(mesh, PartitionSpec())
     common = {"rows", "guide"}
-    placed = {k: jax.device_put(v, everywhere if k in common else shared) for k, v in inputs._asdict().items()}
+    plain = {k: v for k, v in inputs._asdict().items() if k != "controls"}
+    placed = {k: jax.device_put(v, everywhere if k in common else shared) for k, v in plain.items()}
     placed["controls"] = tuple(
         program.Control(jax.device_put(each.hint, shared), jax.device_put(each.scale, everywhere))
         for each in inputs.controls

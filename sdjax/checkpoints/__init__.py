@@ -62,7 +62,6 @@ Params = dict[str, Any]
 Shapes = Callable[[Config], Mapping[str, Any]]
 LAYOUTS = {"diffusers": names.folder, "ldm": names.ldm}
 DTYPES = ("float32", "bfloat16")
-CONFIG = "sdjax.config"  # in the metadata of an original file that we wrote
 
 
 def load(
@@ -144,7 +143,7 @@ def convert(
         metadata |= {
             "format": "pt",
             "modelspec.prediction_type": config.prediction,
-            CONFIG: json.dumps(config.to_dict()),
+            identity.CONFIG: json.dumps(config.to_dict()),
         }
         safetensors.write(target, export(params, config, layout), metadata, dtype)
     else:
@@ -228,17 +227,18 @@ def _load(
 def _config(path: Path, opened: Contents, prediction: str | None = None) -> Config:
     """The configuration, with the prediction type that the caller says."""
     kind, original = identity.identify(opened)
-    if opened.is_native:
-        config = native.config_of(opened.metadata, path)
+    if (said := identity.configuration(opened, path)) is not None:
+        config = said
     elif opened.format in (contents.FOLDER, contents.FLAX) and opened.metadata.get("_class_name") in identity.PIPELINES:
         config = configurations.read_folder(path)
-    elif CONFIG in opened.metadata:
-        config = native.parse(opened.metadata[CONFIG], path)
     elif original is not None:
         return predictions.configured(path, opened, original, prediction)
     else:
         raise CheckpointError(f"{path}: this is {kind}; sdjax reads whole checkpoints of Stable Diffusion 1 and 2")
-    return config if prediction is None else dataclasses.replace(config, prediction=prediction)
+    if prediction is not None:
+        config = dataclasses.replace(config, prediction=prediction)
+        configurations.check(config, path)
+    return config
 
 
 def _is_readable(path: Path, opened: Contents) -> bool:

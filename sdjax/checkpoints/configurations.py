@@ -83,11 +83,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """An object in a file. Raises CheckpointError where the file is missing, too large or something else."""
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file, which a diffusers folder has")
-    if path.stat().st_size > MAX_JSON:
-        raise CheckpointError(f"{path}: larger than the configuration of a model")
     try:
+        if path.stat().st_size > MAX_JSON:
+            raise CheckpointError(f"{path}: larger than the configuration of a model")
         fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: not a JSON object")
@@ -145,7 +149,7 @@ def read_part(path: Path) -> tuple[str, Any]:
     fields = read_json(path)
     kind = fields.get("_class_name") or fields.get("model_type")
     kinds = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "clip_text_model": "text_encoder"}
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise CheckpointError(f"{path}: it configures {kind!r:.60}; parts of a model are {', '.join(kinds)}")
     try:
         if kinds[kind] == "unet":
@@ -158,6 +162,8 @@ def read_part(path: Path) -> tuple[str, Any]:
             _refuse_others(path, fields, TEXT_ENCODER_FIXED)
             own = {**_text_encoder(fields), "padding_id": _padding(path.parent.parent / "tokenizer", fields)}
         return kinds[kind], getattr(Config.from_dict({kinds[kind]: own}), kinds[kind])
+    except CheckpointError:
+        raise
     except KeyError as error:
         raise CheckpointError(f"{path}: it lacks, or has an unknown, {error}") from error
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
@@ -182,6 +188,10 @@ def check_controlnet(path: Path, config: Config) -> None:
     if heads != config.unet.num_heads:
         raise CheckpointError(
             f"{path}: for another model: attention has {heads!r:.60} heads, {config.unet.num_heads} here"
+        )
+    if (groups := fields.get("norm_num_groups", 32)) != config.unet.norm_groups:
+        raise CheckpointError(
+            f"{path}: for another model: norms have {groups!r:.20} groups, {config.unet.norm_groups} here"
         )
 
 

@@ -153,7 +153,16 @@ def read_part(folder: Path, part: str, variant: str | None = None) -> dict[str, 
     Raises:
       CheckpointError: there are none, or they cannot be read.
     """
-    return {name: array for file in _weights(folder, part, variant) for name, array in _read_file(file).tensors.items()}
+    tensors: dict[str, np.ndarray] = {}
+    try:
+        for file in _weights(folder, part, variant):
+            found = _read_file(file).tensors
+            if twins := tensors.keys() & found.keys():
+                raise CheckpointError(f"{file}: {min(twins)!r:.120} is in another shard too")
+            tensors |= found
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+    return tensors
 
 
 def candidates(part: str, variant: str | None = None) -> list[str]:

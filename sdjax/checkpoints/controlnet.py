@@ -16,9 +16,9 @@ from sdjax.models.config import Config
 Shapes = Callable[[Config, tuple[int, ...]], Mapping[str, Any]]
 # The convolutions that the control picture goes through, numbered in order: all have a bias, as many as they put out.
 HINTS = (
-    (r"(?:control_model\.)?input_hint_block\.(\d+)\.bias", lambda i: i // 2),
+    (r"(?:control_model\.)?input_hint_block\.(\d{1,3})\.bias", lambda i: i // 2),
     (r"controlnet_cond_embedding\.conv_in\.bias()", lambda _: 0),
-    (r"controlnet_cond_embedding\.blocks\.(\d+)\.bias", lambda i: i + 1),
+    (r"controlnet_cond_embedding\.blocks\.(\d{1,3})\.bias", lambda i: i + 1),
     (r"controlnet_cond_embedding\.conv_out\.bias()", lambda _: 1000),
 )
 
@@ -40,7 +40,7 @@ def read(path: Path, config: Config, shapes: Shapes) -> dict[str, Any]:
     else:
         tensors = contents.read(path).tensors
     channels = _hint_channels(tensors)
-    if 2 ** (len(channels) - 1) != config.vae.factor:
+    if 2 ** (len(channels) - 1) != config.vae.factor or not all(0 < width < 1 << 16 for width in channels):
         raise CheckpointError(f"{path}: no ControlNet 1.x for this model: its tensors of the control picture are not")
     leaves = native.flatten({"control": shapes(config, channels)})
     if any(name.startswith(names.LDM_ROOTS["control"]) for name in tensors):

@@ -33,6 +33,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], config: Config, dtype: 
     """
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another name")
+    texts = _texts(config)
     temporary = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".part"))
     try:
         for part in PARTS:
@@ -40,7 +41,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], config: Config, dtype: 
             (temporary / part).mkdir()
             metadata = {"format": "pt", "source": source}
             safetensors.write(temporary / part / f"{STEMS[part][0]}.safetensors", own, metadata, dtype)
-        for name, text in _texts(config).items():
+        for name, text in texts.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8")
         os.chmod(temporary, 0o777 & ~safetensors.umask())
@@ -52,9 +53,11 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], config: Config, dtype: 
 
 def _texts(config: Config) -> dict[str, str]:
     """Every file but the weights, by its name."""
-    padding = next(token for token, i in configurations.PADDINGS.items() if i == config.text_encoder.padding_id)
+    paddings = {i: token for token, i in configurations.PADDINGS.items()}
+    if config.text_encoder.padding_id not in paddings:
+        raise ValueError(f"layout: diffusers' tokenizer has no name for the padding {config.text_encoder.padding_id}")
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    special["pad_token"] = padding
+    special["pad_token"] = paddings[config.text_encoder.padding_id]
     kind = "InstructPix2Pix" if config.edits else "Inpaint" if config.inpaints else ""
     objects: dict[str, Any] = {
         "model_index.json": {

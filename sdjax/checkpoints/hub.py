@@ -83,6 +83,8 @@ def wanted(name: str, files: list[str], variant: str | None) -> list[str]:
         weights = next(
             (f"{part}/{file}" for file in contents.candidates(part, variant) if f"{part}/{file}" in there), None
         )
+        flax = f"{part}/{contents.FLAX_STEMS[part]}.msgpack"
+        weights = flax if weights is None and flax in there and variant is None else weights
         if weights is None:
             of = f" of the variant {variant!r}" if variant else ""
             raise CheckpointError(f"{name}: no weights{of} in its {part}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdjax.checkpoints import contents, names
+from sdjax.checkpoints import contents, names, native
 from sdjax.checkpoints.contents import Contents
 from sdjax.models.config import SD1, SD1_EDITING, SD1_INPAINTING, SD2_INPAINTING, SD2_V, Config
 
@@ -47,6 +48,7 @@ PIPELINES = (
     "FlaxStableDiffusionImg2ImgPipeline",
     "FlaxStableDiffusionInpaintPipeline",
 )
+CONFIG = "sdjax.config"  # in the metadata of an original file that we wrote
 CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 INPUT = "model.diffusion_model.input_blocks.0.0.weight"
 CONTEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
@@ -86,6 +88,17 @@ def identify(opened: Contents) -> Identity:
         if _any(pattern, tensors):
             return Identity(kind)
     return Identity("no model that sdjax knows" if tensors else "a file without tensors")
+
+
+def configuration(opened: Contents, path: Path) -> Config | None:
+    """What a file that sdjax wrote says of itself, in whatever layout; None where another program wrote it.
+
+    Raises:
+      CheckpointError: it says what no model could have.
+    """
+    if opened.is_native:
+        return native.config_of(opened.metadata, path)
+    return native.parse(opened.metadata[CONFIG], path) if CONFIG in opened.metadata else None
 
 
 def has_averages(tensors: Iterable[str]) -> bool:

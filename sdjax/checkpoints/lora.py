@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdjax.checkpoints import contents, names, weights
+from sdjax.checkpoints import configurations, contents, names, weights
 from sdjax.checkpoints.contents import Contents
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.models.config import Config
@@ -65,13 +65,23 @@ def read(path: Path, config: Config, targets: Mapping[str, Any]) -> dict[str, Lo
     for pattern, kind in OTHERS:
         if found := next((name for name in opened.tensors if re.search(pattern, name)), None):
             raise CheckpointError(f"{path}: a LoRA of another kind ({kind}), by its tensor {found:.120}")
-    modules, left_over = _modules(opened.tensors)
+    modules, left_over, twice = _modules(opened.tensors)
     if not modules:
         raise CheckpointError(f"{path}: no LoRA: none of its {len(opened.tensors)} tensors is one's")
     ours = _table(config, targets)
     unknown = [module for module in modules if _flat(module) not in ours]
     halves = [module for module, parts in modules.items() if not {"down", "up"} <= parts.keys()]
-    _refuse(path, {"not tensors of a LoRA": left_over, "for modules the model has not": unknown, "halves": halves})
+    by_target = {ours[_flat(module)]: module for module in modules if _flat(module) in ours}
+    twice += [m for m in modules if _flat(m) in ours and by_target[ours[_flat(m)]] != m]
+    _refuse(
+        path,
+        {
+            "not tensors of a LoRA": left_over,
+            "for modules the model has not": unknown,
+            "halves": halves,
+            "twice, under two names": twice,
+        },
+    )
 
     scalings = _scalings(path, opened)
     wrong, broken, changes = [], [], {}
@@ -82,32 +92,38 @@ def read(path: Path, config: Config, targets: Mapping[str, Any]) -> dict[str, Lo
         if change is None:
             shapes = " and ".join(str(list(parts[part].shape)) for part in ("down", "up"))
             wrong.append(f"{module} {shapes} for {list(kernel)}")
-        elif not all(weights.is_finite(part) for part in parts.values()):
-            broken.append(module)
-        else:
-            rank = change.up.shape[0]
-            alpha = float(parts["alpha"].reshape(())) if "alpha" in parts else None
-            scale = alpha / rank if alpha is not None else scalings(module, rank)
+            continue
+        rank = change.up.shape[0]
+        alpha = float(parts["alpha"].reshape(())) if "alpha" in parts else None
+        scale = alpha / rank if alpha is not None else scalings(module, rank)
+        with np.errstate(over="ignore", invalid="ignore"):
             changes[target] = LowRank(change.down, change.up * np.float32(scale))
+        if not all(weights.is_finite(x) for x in changes[target]):
+            broken.append(module)
     _refuse(path, {"of a wrong shape": wrong, "with NaN or infinity": broken})
     return changes
 
 
-def _modules(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
-    """By the file's module: its "down", "up", "mid" and "alpha"; and the names of tensors that are none of these."""
+def _modules(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, np.ndarray]], list[str], list[str]]:
+    """By the file's module: its "down", "up", "mid" and "alpha"; names that are none of these; and those met again."""
     modules: dict[str, dict[str, np.ndarray]] = {}
-    left_over = []
+    left_over, twice = [], []
     for name, tensor in tensors.items():
         spelt = name
         for pattern, replacement in SPELLINGS:
             spelt = re.sub(pattern, replacement, spelt)
         role = ROLE.fullmatch(spelt)
-        sound = role and tensor.dtype.name in weights.FLOATS and (tensor.size == 1 or role["matrix"])
-        if role is None or not sound:
+        floats = tensor.dtype.name in weights.FLOATS
+        if role is None or not (
+            floats if role["matrix"] else tensor.size == 1 and (floats or tensor.dtype.kind == "i")
+        ):
             left_over.append(name)
-        else:
-            modules.setdefault(role["module"], {})[role["matrix"] or "alpha"] = tensor
-    return modules, left_over
+            continue
+        parts = modules.setdefault(role["module"], {})
+        if (part := role["matrix"] or "alpha") in parts:
+            twice.append(name)
+        parts[part] = tensor
+    return modules, left_over, twice
 
 
 def _table(config: Config, targets: Mapping[str, Any]) -> dict[str, str]:
@@ -125,6 +141,7 @@ def _table(config: Config, targets: Mapping[str, Any]) -> dict[str, str]:
             part, rest = module.split(".", 1)
             spellings = [module, rest] if part == "unet" else [module, f"te.{rest}", f"te1.{rest}"]
             spellings += [spelling.replace(".text_model.", ".") for spelling in spellings]
+            spellings += [rest] if rest.startswith("text_model.") else []  # PEFT's, of the text encoder alone
             table.update({_flat(spelling): target.removesuffix(".kernel") for spelling in spellings})
     return table
 
@@ -135,44 +152,50 @@ def _flat(module: str) -> str:
 
 def _change(parts: Mapping[str, np.ndarray], kernel: tuple[int, ...]) -> LowRank | None:
     """The two matrices with our axes, in float32; None where they do not make this kernel."""
-    down, up = (parts[part].astype(np.float32) for part in ("down", "up"))
-    if "mid" in parts and down.ndim == up.ndim == parts["mid"].ndim == 4 and down.shape[2:] == (1, 1):
-        # down, window, up, all of one rank: the first two are one convolution.
-        mid = parts["mid"].astype(np.float32)
-        if mid.shape[1] != down.shape[0] or mid.shape[0] != up.shape[1]:
-            return None
-        down = np.einsum("rshw,si->rihw", mid, down[:, :, 0, 0])
-    elif "mid" in parts:
+    window, (inputs, outputs) = kernel[:-2] or (1, 1), kernel[-2:]
+    down, up = (x[..., None, None] if x.ndim == 2 else x for x in (parts["down"], parts["up"]))
+    if down.ndim != 4 or up.ndim != 4 or 0 in down.shape or up.shape != (outputs, up.shape[1], 1, 1):
         return None
-    window, (inputs, outputs) = kernel[:-2], kernel[-2:]
-    window = window or (1, 1)
-    down, up = (x[..., None, None] if x.ndim == 2 else x for x in (down, up))
-    if down.ndim != 4 or up.shape != (outputs, down.shape[0], 1, 1) or down.shape[1:] != (inputs, *window):
+    rank = down.shape[0]
+    if "mid" in parts:
+        fits = parts["mid"].shape == (up.shape[1], rank, *window) and down.shape == (rank, inputs, 1, 1)
+    else:
+        fits = up.shape[1] == rank and down.shape == (rank, inputs, *window)
+    if not fits:
         return None
+    down, up = (x.astype(np.float32) for x in (down, up))
+    if "mid" in parts:  # down, window, up: the first two are one convolution
+        down = np.einsum("rshw,si->rihw", parts["mid"].astype(np.float32), down[:, :, 0, 0])
     down = down.transpose(2, 3, 1, 0) if len(kernel) == 4 else down[:, :, 0, 0].T
     return LowRank(down, up[:, :, 0, 0].T)
 
 
 def _scalings(path: Path, opened: Contents) -> Any:
     """(module, rank) -> alpha / rank where no tensor says it: PEFT writes it into a configuration, others leave 1."""
-    said: Mapping[str, Any] = {}
-    try:
-        if text := opened.metadata.get("lora_adapter_metadata"):
+    said: Any = {}
+    if text := opened.metadata.get("lora_adapter_metadata"):
+        try:
             said = json.loads(text)
-        elif (beside := path.with_name("adapter_config.json")).is_file() and path.stem == "adapter_model":
-            said = {f"unet.{key}": value for key, value in json.loads(beside.read_bytes()).items()}
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its configuration cannot be read: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: its lora_adapter_metadata cannot be read: {error}") from error
+        if not isinstance(said, dict):
+            raise CheckpointError(f"{path}: its lora_adapter_metadata is no object")
+    elif path.stem == "adapter_model":
+        own = configurations.read_json(path.with_name("adapter_config.json"))
+        said = {f"{part}.{key}": value for key, value in own.items() for part in ("unet", "text_encoder")}
 
     def scaling(module: str, rank: int) -> float:
         part = "text_encoder" if module.startswith("text_encoder") else "unet"
-        alpha = said.get(f"{part}.lora_alpha")
         patterns = said.get(f"{part}.alpha_pattern") or {}
-        alpha = next((value for name, value in patterns.items() if module.endswith(name)), alpha)
+        # PEFT takes them for regular expressions; a stranger's are not run.
+        if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", name) for name in patterns):
+            raise CheckpointError(f"{path}: its alpha_pattern is not one of plain names of modules")
+        own = [value for name, value in patterns.items() if f".{module}".endswith(f".{name}")]
+        alpha = own[0] if own else said.get(f"{part}.lora_alpha")
         if alpha is None:
             return 1.0
-        if not isinstance(alpha, (int, float)):
-            raise CheckpointError(f"{path}: its lora_alpha is {alpha!r:.40}, no number")
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
+            raise CheckpointError(f"{path}: its lora_alpha is {alpha!r:.40}, no number that could be one")
         return float(alpha) / (rank**0.5 if said.get(f"{part}.use_rslora") else rank)
 
     return scaling

@@ -23,6 +23,7 @@ DTYPES = {
     "int64": np.dtype(np.int64),
 }
 MAX_DEPTH = 32
+MAX_ENTRIES = 10_000  # names in all
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -32,8 +33,30 @@ def read(path: Path) -> dict[str, np.ndarray]:
       CheckpointError: it is no such file, not whole, or holds something else.
     """
     data = path.read_bytes()
+    entries = 0
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal entries
+        entries += len(pairs)
+        tree = dict(pairs)
+        if entries > MAX_ENTRIES or len(tree) < len(pairs) or any(not key or "." in key for key in tree):
+            raise CheckpointError(
+                f"{path}: a name is twice in it, empty or dotted; or it has over {MAX_ENTRIES} entries"
+            )
+        return tree
+
     try:
-        tree = msgpack.unpackb(data, ext_hook=lambda code, body: _array(path, code, body), strict_map_key=True)
+        tree = msgpack.unpackb(
+            data,
+            ext_hook=lambda code, body: _array(path, code, body),
+            object_pairs_hook=once,
+            strict_map_key=True,
+            # Small things in great number are what memory would be spent on.
+            max_array_len=0,
+            max_map_len=MAX_ENTRIES,
+            max_str_len=1024,
+            max_bin_len=0,
+        )
     except CheckpointError:
         raise
     except Exception as error:  # msgpack's own, and ValueError for what is too deep, too long or no text

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdjax.checkpoints import configurations, contents, names, native, weights
+from sdjax.checkpoints import configurations, contents, identity, names, native, weights
+from sdjax.checkpoints.contents import Contents
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.names import Kind, Source
 from sdjax.models.config import Config
@@ -33,7 +34,7 @@ class Reading(NamedTuple):
 
 
 def read(path: Path, part: str | None, config: Config, shapes: Any) -> tuple[str, Config, dict[str, Any]]:
-    """A part for a model of this configuration.
+    """A part for a model of this configuration. What its UNet predicts is not in a part's own file or folder.
 
     Args:
       path: of a file with original, diffusers' or our names, with or without the part's prefix, the rest of a model
@@ -53,7 +54,8 @@ def read(path: Path, part: str | None, config: Config, shapes: Any) -> tuple[str
         path, part, config = _folder(path, part, config)
         tensors: Mapping[str, np.ndarray] = contents.read_part(path, part)
     else:
-        tensors = contents.read(path).tensors
+        opened = contents.read(path)
+        tensors, config = opened.tensors, _own(path, opened, part, config)
     leaves = native.flatten(shapes(config))
     readings = [
         reading for name in ([part] if part else CALLED) for reading in _readings(name, tensors, config, leaves)
@@ -84,6 +86,20 @@ def _folder(path: Path, part: str | None, config: Config) -> tuple[Path, str, Co
     return path, name, changed
 
 
+def _own(path: Path, opened: Contents, part: str | None, config: Config) -> Config:
+    """The configuration with what a file that sdjax wrote says of the part it has, or that is asked for."""
+    said = identity.configuration(opened, path)
+    here = [name for name in CALLED if any(tensor.startswith(f"{name}.") for tensor in opened.tensors)]
+    part = part or (here[0] if len(here) == 1 else None)
+    if said is None or part is None:
+        return config
+    if part == "unet" and said.prediction != config.prediction:
+        raise CheckpointError(f"{path}: its UNet predicts {said.prediction!r}, and the model {config.prediction!r}")
+    changed = dataclasses.replace(config, **{part: getattr(said, part)})
+    configurations.check(changed, path)
+    return changed
+
+
 def _readings(part: str, tensors: Mapping[str, np.ndarray], config: Config, leaves: Mapping[str, Any]) -> list[Reading]:
     own = [target for target in leaves if target.startswith(f"{part}.")]
     tables = {
@@ -101,6 +117,9 @@ def _readings(part: str, tensors: Mapping[str, np.ndarray], config: Config, leav
     for layout, table in tables.items():
         root, spelling = roots[layout], str if layout == "native" else names.spelling
         whole = {name: x for name, x in tensors.items() if spelling(name).startswith(root)}
+        if layout == "ldm" and part == "unet" and any(name.startswith(names.EMA_ROOT) for name in tensors):
+            table = names.averaged(table)  # as `load` prefers them
+            whole = {name: x for name, x in tensors.items() if name in {source.name for source in table.values()}}
         bare = {root + name: x for name, x in tensors.items()}
         readings += [Reading(part, found, table, spelling) for found in (whole, bare)]
     return readings

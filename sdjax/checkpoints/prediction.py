@@ -48,7 +48,7 @@ def _sidecar(path: Path) -> str | None:
             text = file.read(MAX_YAML)
     except (OSError, UnicodeDecodeError):
         return None
-    if found := re.search(r"""^\s*parameterization\s*:\s*["']?(\w+)""", text, re.MULTILINE):
+    if found := re.search(r"""^[ \t]*parameterization[ \t]*:[ \t]*["']?(\w+)""", text, re.MULTILINE):
         return {"v": "v", "eps": "epsilon", "x0": "sample"}.get(found[1])
     return "epsilon" if "ldm.models.diffusion" in text else None  # the original code's default
 

@@ -32,7 +32,7 @@ def read(path: Path, width: int) -> tuple[str, np.ndarray]:
     vectors = {
         name: x for name, x in opened.tensors.items() if x.dtype.name in weights.FLOATS and x.ndim in (1, 2) and x.size
     }
-    if len(vectors) != 1:
+    if len(vectors) != 1 or len(opened.tensors) != 1:
         names = weights.shorten(opened.tensors)
         raise CheckpointError(f"{path}: no textual inversion, which has one tensor of vectors; this has: {names}")
     [(name, found)] = vectors.items()

@@ -96,7 +96,8 @@ class Tokenizer:
         ids: list[int] = []
         known = {word.casefold(): word_ids for word, word_ids in self.words}
         for i, part in enumerate(parts):  # every second one is a word
-            ids += known[part.casefold()] if i % 2 else _bpe().encode(part, add_special_tokens=False).ids
+            own = known.get(part.casefold()) if i % 2 else None  # two letters may differ in case for one alone
+            ids += _bpe().encode(part, add_special_tokens=False).ids if own is None else own
         return ids
 
     def count(self, text: str) -> int:

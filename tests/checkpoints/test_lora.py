@@ -60,6 +60,7 @@ def test_spellings(read, module, down, up, target):
         "lora_te1_text_model_encoder_layers_1_mlp_fc1",
         "text_encoder.text_model.encoder.layers.1.mlp.fc1",
         "text_encoder.encoder.layers.1.mlp.fc1",
+        "base_model.model.text_model.encoder.layers.1.mlp.fc1",
     ],
 )
 @pytest.mark.parametrize("matrices", [("lora_down", "lora_up"), ("lora_linear_layer.down", "lora_linear_layer.up")])
@@ -78,6 +79,10 @@ def pair(down=DOWN, up=UP, module="lora_unet_mid_block_attentions_0_transformer_
 MIDDLE = "unet.mid_block.attentions_0.transformer_blocks_0.attn1.to_v"
 # The middle of the tiny model is 64 wide.
 DOWN_64, UP_64 = rng.normal(size=(3, 64)).astype(np.float32), rng.normal(size=(64, 3)).astype(np.float32)
+
+
+def test_an_integer_alpha(read):
+    assert_changes(read(pair(DOWN_64, UP_64, alpha=np.int64(6))), {MIDDLE: (DOWN_64.T, 2 * UP_64.T)})
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -105,10 +110,29 @@ def test_alpha_in_configurations(read, tmp_path):
     assert_changes(read(peft), {QUERY: (DOWN.T, UP.T), MIDDLE: (DOWN_64.T, UP_64.T)})
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6, "alpha_pattern": {"to_v": 12}}))
     assert_changes(read(peft, name="adapter_model.safetensors"), expected)
-    for text, message in (("{", "cannot be read"), ('{"lora_alpha": "x"}', "lora_alpha is 'x'")):
+    for text, message in (
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ('{"lora_alpha": "x"}', "lora_alpha is 'x'"),
+        ('{"lora_alpha": 1' + "0" * 400 + "}", "no number that could be one"),
+        ('{"lora_alpha": NaN}', "no number that could be one"),
+        ('{"alpha_pattern": ["x"]}', "plain names of modules"),
+        ('{"alpha_pattern": {"(a+)+$": 1}}', "plain names of modules"),
+    ):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):
             read(peft, name="adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match="no such file"):
+        read(peft, name="adapter_model.safetensors")
+    for text, message in (("[1]", "is no object"), ("{", "cannot be read")):
+        with pytest.raises(CheckpointError, match=message):
+            read(peft, {"lora_adapter_metadata": text})
+    # A pattern is a whole name, or the end of one after a dot.
+    said = {"unet.lora_alpha": 3, "unet.alpha_pattern": {"o_v": 12}}
+    assert_changes(
+        read(peft, {"lora_adapter_metadata": json.dumps(said)}), {QUERY: (DOWN.T, UP.T), MIDDLE: (DOWN_64.T, UP_64.T)}
+    )
 
 
 def test_locon(read):
@@ -134,6 +158,9 @@ def test_matrices_for_pointwise_convolutions(read):
         np.testing.assert_array_equal(found.down @ found.up, (UP_64 @ DOWN_64).T[None, None])
 
 
+CONVOLUTION = "lora_unet_down_blocks_0_resnets_0_conv1"
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
@@ -146,6 +173,22 @@ def test_matrices_for_pointwise_convolutions(read):
         (pair(DOWN_64 * np.nan, UP_64), r"with NaN or infinity \(1\)"),
         (pair(DOWN_64, UP_64, alpha=np.float32(np.inf)), r"with NaN or infinity \(1\)"),
         (pair(DOWN_64, UP_64, alpha=np.ones(3, np.float32)), "not tensors of a LoRA"),
+        (pair(DOWN_64, UP_64, alpha=np.float64(1e300)), r"with NaN or infinity \(1\)"),
+        (pair(DOWN_64[:0], UP_64[:, :0]), "of a wrong shape"),
+        # A window that would make gigabytes of two small matrices.
+        (
+            pair(np.ones((1, 9000, 1, 1)), np.ones((32, 1, 1, 1)), CONVOLUTION)
+            | {f"{CONVOLUTION}.lora_mid.weight": np.ones((1, 1, 99, 99))},
+            "of a wrong shape",
+        ),
+        (
+            pair(DOWN_64, UP_64) | pair(DOWN_64, UP_64, "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_v"),
+            r"twice, under two names \(1\)",
+        ),
+        (
+            {f"unet.{ATTENTION}.to_q.lora_{m}.{n}.weight": x for n in "ab" for m, x in (("A", DOWN), ("B", UP))},
+            r"twice, under two names \(2\)",
+        ),
         (pair(DOWN_64.astype(np.int32), UP_64), "not tensors of a LoRA"),
         ({"lora_unet_mid_block_x.lora_down.weight": DOWN}, "modules the model has not"),
         ({f"unet.{ATTENTION}.to_q.lora_A.weight": DOWN}, r"halves \(1\): unet\..*to_q"),

@@ -1,5 +1,6 @@
 """A part of a model from its own file or folder, or out of a whole one, in place of the one that is there."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import sdjax
 from sdjax import checkpoints
 from sdjax.checkpoints import CheckpointError, native, safetensors
-from sdjax.models.config import TINY
+from sdjax.models.config import TINY, TINY_2
 
 from .conftest import assert_equal
 
@@ -111,3 +112,33 @@ def test_refusals(model, files, folder, tmp_path):
     (path / "vae" / "config.json").write_text(json.dumps([]))
     with pytest.raises(CheckpointError, match="not a JSON object"):
         model.with_part(path / "vae")
+
+
+def test_a_part_brings_its_configuration(model, params, tmp_path):
+    """A file of ours says how its part is to be computed, and that is what is done."""
+    vae = dataclasses.replace(TINY, vae=dataclasses.replace(TINY.vae, scaling_factor=0.5))
+    checkpoints.save(tmp_path / "vae", params, vae)
+    assert model.with_part(tmp_path / "vae", "vae").config == vae
+    checkpoints.save(tmp_path / "two", params, TINY_2)
+    changed = model.with_part(tmp_path / "two", "text_encoder")
+    assert changed.config.text_encoder == TINY_2.text_encoder
+    assert changed.tokenizer.padding_id == 0
+    with pytest.raises(CheckpointError, match="its UNet predicts 'v', and the model 'epsilon'"):
+        model.with_part(tmp_path / "two", "unet")
+
+
+def test_averages_are_preferred(model, params, both_sets, original, tmp_path):
+    safetensors.write(tmp_path / "both.safetensors", both_sets, {})
+    averaged = model.with_part(tmp_path / "both.safetensors", "unet").params["unet"]
+    for name, x in native.flatten(params["unet"]).items():
+        np.testing.assert_array_equal(native.flatten(averaged)[name], x + 1)
+    assert original
+
+
+def test_what_was_added_must_fit(model, folder):
+    path, change = folder
+    nets = dataclasses.replace(model, controls={"a": sdjax.pipeline.Net("0", {})})
+    change("unet/config.json", _class_name="UNet2DConditionModel", attention_head_dim=8)
+    assert model.with_part(path / "unet").config.unet.num_heads == (8, 8)
+    with pytest.raises(ValueError, match="do not fit this unet"):
+        nets.with_part(path / "unet")

@@ -81,7 +81,7 @@ def test_outputs(both):
             x, torch.from_numpy(times), c, down_block_additional_residuals=down, mid_block_additional_residual=middle
         ).sample
     net = ControlNet(config.unet, HINT)
-    added, mid = jax.jit(net.apply)({"params": model.controls["a"]}, latents, times, context, hint)
+    added, mid = jax.jit(net.apply)({"params": model.controls["a"].params}, latents, times, context, hint)
     assert len(added) == len(down)
     for ours, theirs in zip([*added, mid], [*down, middle], strict=True):
         assert relative_error(ours, np.moveaxis(theirs.numpy(), 1, -1)) < TOLERANCE
@@ -109,8 +109,8 @@ def test_original_names(both):
     flat = {name: x.numpy() for name, x in own.items()}
     for i, form in enumerate((tensors, whole, bare, flat)):
         safetensors.write(folder / f"{i}.safetensors", form, {})
-        found = model.with_controlnet(folder / f"{i}.safetensors").controls[str(i)]
-        expected = native.flatten(model.controls["a"])
+        found = model.with_controlnet(folder / f"{i}.safetensors").controls[str(i)].params
+        expected = native.flatten(model.controls["a"].params)
         assert native.flatten(found).keys() == expected.keys()
         assert all(np.array_equal(x, expected[name]) for name, x in native.flatten(found).items())
 
