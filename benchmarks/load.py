@@ -1,15 +1,16 @@
 """How long a model of the size of Stable Diffusion 1.5 takes to load: `python benchmarks/load.py --folder /some/space`
 
-It makes the same random float32 weights as a native file, a diffusers folder and a `.ckpt` (13 GB), and then, each in
-a process of its own, several times in turn:
+It makes the same random float32 weights as a native file, a diffusers folder and a `.ckpt` (13 GB together), and then,
+each in a process of its own, several times in turn:
 
   sdjax       `sdjax.load` of the native file, until every array is there
   diffusers   `StableDiffusionPipeline.from_pretrained` of the folder
   copy        of the `.ckpt` to another file, written through to the disk
   convert     `checkpoints.convert` of the `.ckpt` to a native file, without the hash of the source
 
-Imports are not counted. Files are in the page cache for all. "memory" is what the process gained in resident memory
-while it loaded (of which, for sdjax, most is the file itself, mapped); "own" is what of it is not a file's.
+Imports are not counted. Files are in the page cache for all. "all" is what the process gained in resident memory while
+it loaded (of which, for sdjax, most is the file itself, mapped); "own" is what of it is not a file's; "peak" is the
+most at any time.
 Needs `pip install -e ".[test]"`. Writes benchmarks/results/load.json.
 """
 
@@ -92,7 +93,7 @@ def contest(name: str, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="with 20 GB of space, kept for another run")
+    parser.add_argument("--folder", type=Path, required=True, help="with 26 GB of space, kept for another run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

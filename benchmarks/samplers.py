@@ -1,12 +1,12 @@
 """Which sampler to use: `python benchmarks/samplers.py pictures distances errors costs`
 
-Four results, in benchmarks/results:
+Four results, written to benchmarks/results:
 
   pictures   samplers.png: every sampler at 5, 10, 20 and 50 steps, one prompt and seed, the model that ships
   distances  samplers.json and samplers_distances.png: how far samplers without noise are from the ODE's solution
              (Heun's method, 500 steps), against calls of the model: the root mean square of each picture's latents
              over the solution's, averaged over prompts and seeds; needs `pip install -e ".[bench]"`
-  errors     samplers_errors.md: the largest error of every sampler against diffusers' schedulers, over the runs of
+  errors     samplers_errors.md: the largest error of each sampler that diffusers has too, over the runs of
              tests/parity/test_samplers.py; needs `pip install -e ".[test]"`
   costs      samplers_costs.json: what a table of 50 steps costs on the host, in milliseconds, and what a row costs
              beside the call of the model in it, for one picture of the model that ships

@@ -21,7 +21,7 @@ def noise_of(model: sdjax.StableDiffusion, picture: Image.Image, prompt: str) ->
     """(1, h, w, z): what `ddim`, guidance off, makes the picture of."""
     mean, _ = model.encode_image(np.asarray(picture, np.float32)[None] / 127.5 - 1)
     context = model.encode_text(model.tokenizer([prompt]))
-    # A step asks for the model's output at the noise that is looked for; a second iteration makes the error a sixth.
+    # A step asks for the model's output at the noise that is looked for: a second iteration comes nearer to it.
     rows = model.sampler("ddim_inverse", iterations=2).rows(STEPS)
     invert = jax.jit(lambda x: sdjax.samplers.sample(lambda x, t: model.unet(x, t, context), x, rows))
     return np.asarray(invert(mean * model.config.vae.scaling_factor))

@@ -1,4 +1,4 @@
-"""A sampler that is not there, in the same program as all others: `python examples/own_sampler.py out.png`"""
+"""A sampler that sdjax does not have, in the same program as all others: `python examples/own_sampler.py out.png`"""
 
 import sys
 

@@ -19,8 +19,8 @@ EXAMPLES = """\
 examples:
   sdjax generate "a 3d emoji of a fox on a blue background"
   sdjax generate "a castle at dawn" --model v1-5-pruned-emaonly.safetensors --steps 30 --cfg 7 --seed 1 -o castle.png
-  sdjax generate "a castle in winter" --image castle.png --strength 0.6
-  sdjax generate --from castle.png
+  sdjax generate "a castle in winter" --model v1-5-pruned-emaonly.safetensors --image castle.png --strength 0.6
+  sdjax generate --from castle.png --model v1-5-pruned-emaonly.safetensors
   sdjax info castle.png
 
 sdjax COMMAND --help tells more.
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", description=says, help="say what a file is")
     info.set_defaults(command="info")
     info.add_argument("file", metavar="FILE", help="a picture or a checkpoint")
-    info.add_argument("--json", action="store_true", help="a picture's recipe as JSON")
+    info.add_argument("--json", action="store_true", help="as JSON")
 
     cache = commands.add_parser(
         "cache",
@@ -123,7 +123,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--negative-prompt", metavar="TEXT", help="what to keep away from")
     add("--images-per-prompt", metavar="N", type=whole, default=1, help="pictures of each prompt (default: 1)")
     add("--seed", type=_number(int, 0, LARGEST_SEED), help="picture i gets SEED + i (default: a random one)")
-    add("--height", **pixels, help="a multiple of 8 (default: the model's, or the image's)")
+    add(
+        "--height",
+        **pixels,
+        help="a multiple of 8, with the model that ships of 4 (default: the model's, or the image's)",
+    )
     add("--width", **pixels, help="likewise")
     add("--from", dest="source", metavar="PNG", help="make this picture again; other options change its recipe")
 
@@ -156,9 +160,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--guidance-quantile", type=_number(float, 0, 1), metavar="X", help=quantile)
     across = "the negative prompt pushes only across the prompt's direction, with weight X (Perp-Neg)"
     add("--guidance-perpendicular", type=_number(float, 0), metavar="X", help=across)
-    away = "push away from the picture without the middle self-attention, by X (PAG; 3 is usual)"
+    away = "push away from a picture made without the middle self-attention, by X (PAG; 3 is usual)"
     add("--guidance-perturbed", type=_number(float, 0), metavar="X", help=away)
-    net = "a ControlNet for this model: file or folder; may be repeated, as the next two, in one order"
+    net = "a ControlNet for this model: file or folder; may be repeated, each with its --control-image"
     add("--controlnet", metavar="PATH", action="append", default=[], help=net)
     add("--control-image", metavar="FILE", action="append", default=[], help="what the ControlNet is to follow")
     scale = "how strongly (default: 1)"
@@ -180,7 +184,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     path = (
         "a file, .png, .jpg or .webp; for several pictures a folder, or a name with {i} or {seed} in it"
-        " (default: here, named after prompt and seed). Only one file named in full is ever replaced."
+        " (default: here, named after prompt and seed). A file is replaced only where -o names it in full."
     )
     add("-o", "--output", metavar="PATH", help=path)
     add("--no-progress", action="store_true", help="no bar; where there is no terminal there is none anyway")
