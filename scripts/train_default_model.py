@@ -185,8 +185,7 @@ def train_judge(pictures: Pictures, run: Path, steps: int) -> loop.State:
 
     def loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         images, tokens, frozen = batch
-        for_place, for_order, for_size, for_latents, for_contrast, for_light, for_noise = jax.random.split(key, 7)
-        images = jax.vmap(moved)(images, jax.random.split(for_place, len(images)))
+        for_order, for_size, for_latents, for_contrast, for_light, for_noise = jax.random.split(key, 6)
         # Half of them as the autoencoder decodes latents that are not quite right: what a model draws is no sharper.
         order = jax.random.permutation(for_order, len(images))
         images, tokens, soft = images[order], tokens[order], len(images) // 2
@@ -228,19 +227,6 @@ def train_judge(pictures: Pictures, run: Path, steps: int) -> loop.State:
     params = jax.tree.map(jnp.asarray, towers)
     settings = loop.Settings(steps, seed=4, ema_decay=0.98)
     return loop.train(loss, muon(0.005, steps, falling=1.0), params, batches, settings, run / "judge")
-
-
-def moved(image: jax.Array, key: jax.Array) -> jax.Array:
-    """(H, W, 3) in a slightly other place and size, on its own background."""
-    for_scale, for_shift = jax.random.split(key)
-    scale = jax.random.uniform(for_scale, (), minval=0.9, maxval=1.1)
-    centre = (image.shape[0] - 1) / 2 * (1 - scale)
-    shift = centre + jax.random.uniform(for_shift, (2,), minval=-3.0, maxval=3.0)
-    background = image[0, 0]
-    shown = jax.image.scale_and_translate(
-        image - background, image.shape, (0, 1), jnp.stack([scale] * 2), shift, "linear"
-    )
-    return shown + background
 
 
 def encode_all(pictures: Pictures, vae: Any) -> tuple[np.ndarray, float]:
@@ -333,7 +319,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, default=Path("benchmarks/judge.safetensors"))
     parser.add_argument("--clip-steps", type=int, default=900)
     parser.add_argument("--vae-steps", type=int, default=2000)
-    parser.add_argument("--judge-steps", type=int, default=400)
+    parser.add_argument("--judge-steps", type=int, default=500)
     parser.add_argument("--unet-steps", type=int, default=12000)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
