@@ -1,16 +1,16 @@
-"""How good is the model that ships? `python benchmarks/default_model.py --data emoji64.npz`
+"""How good is the model that ships? `python benchmarks/default_model.py --data runs/emoji64.npz`
 
 The 200 prompts of `prompts.json` name a concept, a style and a background whose combination no part of the model was
-trained on; they were fixed before the denoiser's last training. Each is made once, with the default sampler, steps and guidance and seed 0:
-no picking. Two judges look at every picture:
+trained on; they were fixed before the denoiser's last training. Each is made once, with the default sampler, steps and
+guidance and seed 0: no picking. Two judges look at every picture:
 
 * the nearest sprite (`sdjax.training.judge`): the picture's background is the median colour of its border,
   named after the nearest of the eight; on that background every sprite of the data set, all concepts in both styles, is
   laid at nine shifts of up to 2 pixels and three sizes, and the one with the smallest squared error is what the picture
   shows;
-* the small CLIP whose text encoder the model has, its image tower trained further on real pictures (the stage `judge` of
-  scripts/train_default_model.py), zero-shot: of the captions of all concepts, styles and
-  backgrounds, the one whose features are most like the picture's.
+* the small CLIP whose text encoder the model has, its image tower trained further on real pictures (the stage `judge`
+  of scripts/train_default_model.py), zero-shot: of the captions of all concepts, styles and backgrounds, the one whose
+  features are most like the picture's.
 
 Also measured are the second judge's verdicts on the real pictures and on their reconstructions, which it can hardly be
 expected to exceed, and the autoencoder: PSNR of the means' reconstructions of held-out composites, in decibels.

@@ -41,6 +41,7 @@ def generate(model, *options):
     return np.asarray(picture, np.int16), json.loads(picture.info["sdjax"])
 
 
+@pytest.mark.slow
 def test_each_changes_the_picture(files):
     plain, recipe = generate(files)
     assert recipe["model"] == "tiny.safetensors"
@@ -72,6 +73,7 @@ def test_refusals(files, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_picture_made_with_them_says_what_to_give_again(files, capsys):
     generate(files, "--lora", "lora.safetensors")
     assert cli.main(["generate", "--from", "out.png", "--model", str(files)]) != 0

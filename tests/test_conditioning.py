@@ -118,6 +118,7 @@ def test_switching_points_and_weights_compile_nothing(make):
     assert program.run_scanned._cache_size() == size
 
 
+@pytest.mark.slow
 def test_guidance_in_an_interval(make, by_hand, tiny):
     def guide(output, step):
         return plain(output, "a cat") if step in (1, 2) else output("a cat")
@@ -148,6 +149,7 @@ def test_outside_of_the_interval_half_is_not_computed(tiny):
     assert f"tensor<1x6x8x{width}xf32>" in with_both
 
 
+@pytest.mark.slow
 def test_a_threshold(make):
     """The last step of Euler's method ends at the predicted latents."""
     free = np.abs(make("a cat"))
@@ -190,6 +192,7 @@ def test_regions(make, by_hand):
             make(prompt, regions=regions)
 
 
+@pytest.mark.slow
 def test_guidance_by_a_loss(make, tiny):
     """The last step of one: x0 minus the scaled gradient through decoder, guidance and UNet."""
 
@@ -236,6 +239,7 @@ def test_perturbed_attention(make, by_hand, tiny):
         make("a cat AND a dog", guidance=options)
 
 
+@pytest.mark.slow
 def test_brownian_noise(make, by_hand):
     rows = samplers.create("euler_ancestral").rows(STEPS)
     noises = np.asarray(jax.jit(noise.brownian, static_argnums=2)(noise.seed_words([3]), rows.span, START.shape[1:]))

@@ -45,6 +45,7 @@ def largest(a, b):
     return np.abs(a.astype(int) - b.astype(int)).max()
 
 
+@pytest.mark.slow
 def test_forms_of_the_result(make):
     array = make(["a cat", "a dog"])
     assert array.shape == (2, 24, 32, 3)
@@ -333,6 +334,7 @@ def test_takes_a_path(tiny_file, make):
     assert np.array_equal(pictures, make())
 
 
+@pytest.mark.slow
 def test_pictures_of_other_sizes_are_resized(make):
     picture = Image.new("RGBA", (77, 55), (255, 0, 0, 128))
     assert make(image=picture).shape == (1, 24, 32, 3)

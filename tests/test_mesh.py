@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys
 import jax, numpy as np
@@ -28,6 +30,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_on_eight_devices(tiny_file):
     environment = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",

@@ -83,6 +83,7 @@ def contents_of(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_a_repository(server, folder, params, monkeypatch):
     repositories, fetched = server
     files = contents_of(folder[0])

@@ -226,12 +226,14 @@ def assert_equal(us, them, repaint=None):
     assert np.abs(pictures.astype(float) - expected)[where].max() <= 1
 
 
+@pytest.mark.slow
 def test_text_to_image(models, draws, monkeypatch):
     parts, model = models
     them = theirs(diffusers.StableDiffusionPipeline, parts, draws, monkeypatch, 50, height=HEIGHT, width=WIDTH)
     assert_equal(ours(model, draws, 50, 1.0, None, from_noise=True), them)
 
 
+@pytest.mark.slow
 def test_image_to_image(models, draws, pictures, monkeypatch):
     strength = 0.63
     parts, model = models
@@ -267,11 +269,13 @@ def check_inpainting(models, draws, pictures, monkeypatch, strength):
     assert_equal(us, them, mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.63, 1.0])
 def test_inpainting(models, draws, pictures, monkeypatch, strength):
     check_inpainting(models, draws, pictures, monkeypatch, strength)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.63, 1.0])
 def test_inpainting_with_nine_channels(inpainting_models, draws, pictures, monkeypatch, strength):
     check_inpainting(inpainting_models, draws, pictures, monkeypatch, strength)

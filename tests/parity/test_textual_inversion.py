@@ -78,6 +78,7 @@ def test_a_word_is_no_part_of_another():
     assert tokenizer.encode("an art.") == [*plain.encode("an"), 49408, *plain.encode(".")]
 
 
+@pytest.mark.slow
 def test_pictures_use_it(both):
     _, model, folder = both
     safetensors.write(folder / "c.safetensors", {"<w>": 5 * VECTORS}, {})
