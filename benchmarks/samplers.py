@@ -124,6 +124,7 @@ def figure(found: dict[str, Any], path: Path) -> None:
     plt.xlabel("calls of the model")
     plt.ylabel("distance to the ODE's solution")
     plt.xticks([3, 5, 10, 20, 40], ["3", "5", "10", "20", "40"])
+    plt.minorticks_off()
     plt.legend(fontsize=7)
     plt.tight_layout()
     plt.savefig(path, dpi=110)
