@@ -10,8 +10,6 @@ import numpy as np
 
 from sdjax import guidance, images
 
-PictureSource = Any  # a path, a PIL picture or an array
-
 
 @dataclasses.dataclass(frozen=True)
 class Control:
@@ -24,7 +22,7 @@ class Control:
       interval: the share of the steps in which it counts, (0, 1) for all.
     """
 
-    image: PictureSource | Sequence[PictureSource]
+    image: images.ImageSource | Sequence[images.ImageSource]
     scale: float | Sequence[float] = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
 

@@ -201,10 +201,10 @@ def generate(
     if mesh is not None:
         # Whatever kinds of axes a mesh has, the compiler here chooses the shardings (`jax.make_mesh` makes others).
         mesh = Mesh(mesh.devices, mesh.axis_names)
-        model = model.place(mesh)
     params = model.params
     if followed:
         params = {**params, "controls": {str(i): model.controls[name].params for i, name in enumerate(followed)}}
+    params = pipeline.everywhere(params, mesh)
     size = min(count, DEFAULT_BATCH) if batch_size is None else arguments.whole("batch_size", batch_size, 1)
     devices = 1 if mesh is None else mesh.size
     size = -(-size // devices) * devices

@@ -114,8 +114,7 @@ class StableDiffusion:
         if not (self.loras or self.embeddings):
             return self.digest
         loras = (f"{lora.digest}:{lora.weight!r}" for lora in self.loras)
-        parts = [self.digest, *loras, *(f"{embedding.word}:{embedding.digest}" for embedding in self.embeddings)]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        return _combined(self.digest, *loras, *(f"{word}:{own}" for word, own in self.embeddings))
 
     def with_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> StableDiffusion:
         """The same model with a LoRA beside its weights: kohya's, diffusers' or PEFT's file for this kind of model.
@@ -215,14 +214,14 @@ class StableDiffusion:
             (self.controls or self.tiny_decoder is not None) and config.vae.factor != self.config.vae.factor
         ):
             raise ValueError(f"part: the model's ControlNets or TAESD do not fit this {part}; add theirs after it")
-        host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(self.dtype)), found)
+        own, params = _placed(found, self.dtype)
         return dataclasses.replace(
             self,
             config=config,
-            params={**self.params, part: jax.tree.map(jax.device_put, host)},
+            params={**self.params, part: params},
             tokenizer=Tokenizer(config.text_encoder.padding_id, self.tokenizer.words),
             file=f"{self.file} + {path.name}",
-            digest=hashlib.sha256(f"{self.digest} {part} {digest(host)}".encode()).hexdigest()[:16],
+            digest=_combined(self.digest, part, own),
         )
 
     def with_controlnet(self, path: str | Path, name: str | None = None) -> StableDiffusion:
@@ -242,9 +241,7 @@ class StableDiffusion:
         if name in self.controls:
             raise ValueError(f"name: there is a ControlNet {name!r} already; give this one another")
         found = checkpoints.controlnet.read(path, self.config, control_shapes)
-        host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(self.dtype)), found)
-        net = Net(digest(host), jax.tree.map(jax.device_put, host))
-        return dataclasses.replace(self, controls={**self.controls, name: net})
+        return dataclasses.replace(self, controls={**self.controls, name: Net(*_placed(found, self.dtype))})
 
     def with_tiny_decoder(self, path: str | Path) -> StableDiffusion:
         """The same model with TAESD's decoder for `preview`.
@@ -260,8 +257,7 @@ class StableDiffusion:
                 f"{path}: TAESD is for latents of 4 channels, an eighth of the picture's size"
             )
         found = checkpoints.tiny_decoder.read(Path(path), checkpoints.flatten(tiny_decoder_shapes()))
-        host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(self.dtype)), found)
-        return dataclasses.replace(self, tiny_decoder=jax.tree.map(jax.device_put, host))
+        return dataclasses.replace(self, tiny_decoder=_placed(found, self.dtype)[1])
 
     def preview(self, latents: jax.Array) -> np.ndarray:
         """What a callback's latents (B, h, w, z) look like: (B, H, W, 3) uint8; by TAESD where the model has it."""
@@ -273,11 +269,8 @@ class StableDiffusion:
 
     def place(self, mesh: jax.sharding.Mesh) -> StableDiffusion:
         """The same model with its weights on every device of the mesh; `generate(mesh=)` then has nothing to move."""
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        controls = {
-            name: net._replace(params=jax.device_put(net.params, everywhere)) for name, net in self.controls.items()
-        }
-        return dataclasses.replace(self, params=jax.device_put(self.params, everywhere), controls=controls)
+        controls = {name: net._replace(params=everywhere(net.params, mesh)) for name, net in self.controls.items()}
+        return dataclasses.replace(self, params=everywhere(self.params, mesh), controls=controls)
 
     def encode_text(self, token_ids: jax.typing.ArrayLike, clip_skip: int = 0) -> jax.Array:
         """(B, 77) int32 -> (B, 77, D) float32, after the final layer norm."""
@@ -369,22 +362,39 @@ def load(
     if prediction not in (None, *PREDICTIONS):
         raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS)}, got {prediction!r}")
     source = Path(__file__).with_name("default_model") / "model.safetensors" if path is None else Path(path)
-    if path is not None and checkpoints.hub.is_name(str(path)):
+    on_hub = path is not None and checkpoints.hub.is_name(str(path))
+    if on_hub:
         source = checkpoints.hub.fetch(str(path), revision, variant)
     elif revision is not None:
         raise ValueError(f"revision: {path} is no name on the hub")
     config, params = checkpoints.load(source, shapes, ema=ema, prediction=prediction, variant=variant)
-    host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
-    # Already of this dtype, a file's memory-mapped arrays are used as they lie.
-    params = jax.tree.map(jax.device_put, host)
-    name = "default" if path is None else str(path) if checkpoints.hub.is_name(str(path)) else source.name
-    return StableDiffusion(config, params, Tokenizer(config.text_encoder.padding_id), dtype, name, digest(host))
+    own, params = _placed(params, dtype)
+    name = "default" if path is None else str(path) if on_hub else source.name
+    return StableDiffusion(config, params, Tokenizer(config.text_encoder.padding_id), dtype, name, own)
 
 
 def _weight(weight: Any) -> float:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise ValueError(f"weight: expected a finite number, got {weight!r}")
     return float(weight)
+
+
+def everywhere(params: Params, mesh: jax.sharding.Mesh | None) -> Params:
+    """Parameters on every device of a mesh; where there is none, as they are."""
+    if mesh is None:
+        return params
+    return jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def _placed(params: Params, dtype: str) -> tuple[str, Params]:
+    """The digest of weights as they are computed with, and these on the device."""
+    # Already of this dtype, a file's memory-mapped arrays are used as they lie.
+    host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
+    return digest(host), jax.tree.map(jax.device_put, host)
+
+
+def _combined(*digests: str) -> str:
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
 
 def digest(params: Params) -> str:

@@ -119,7 +119,6 @@ def convert(
       ema, prediction: as for `load`.
       dtype: to round the weights to, "float32" or "bfloat16"; None keeps theirs.
       layout: "native", one file that loads at once; "ldm", the original's single file; "diffusers", a folder.
-
       hash_source: whether to read a source file once more for its SHA-256.
 
     Raises:

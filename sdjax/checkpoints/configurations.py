@@ -181,8 +181,7 @@ def check_controlnet(path: Path, config: Config) -> None:
         raise CheckpointError(f"{path}: it configures {fields.get('_class_name')!r:.60}, not a ControlNetModel")
     _refuse_others(path, fields, CONTROLNET_FIXED)
     try:
-        heads = fields.get("num_attention_heads") or fields.get("attention_head_dim", 8)
-        heads = tuple([heads] * len(config.unet.channels) if isinstance(heads, int) else heads)
+        heads = tuple(_heads(fields, len(config.unet.channels)))
     except TypeError as error:
         raise CheckpointError(f"{path}: it cannot be read: {error}") from error
     if heads != config.unet.num_heads:
@@ -225,19 +224,23 @@ def _unet(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     levels = [UNET_LEVELS[kind] for kind in fields["down_block_types"]]
     if [kind.replace("Up", "Down") for kind in fields["up_block_types"]][::-1] != fields["down_block_types"]:
         raise CheckpointError(f"{path}: its up_block_types are not its down_block_types backwards")
-    # In diffusers' UNets of this age "attention_head_dim" is the number of heads.
-    heads = fields.get("num_attention_heads") or fields.get("attention_head_dim", 8)
     return {
         "in_channels": fields["in_channels"],
         "out_channels": fields["out_channels"],
         "channels": fields["block_out_channels"],
         "blocks_per_level": _same(path, fields["layers_per_block"], "layers_per_block"),
         "attention_levels": levels,
-        "num_heads": [heads] * len(levels) if isinstance(heads, int) else heads,
+        "num_heads": _heads(fields, len(levels)),
         "context_width": _same(path, fields["cross_attention_dim"], "cross_attention_dim"),
         "linear_projection": fields.get("use_linear_projection") or False,
         "norm_groups": fields.get("norm_num_groups", 32),
     }
+
+
+def _heads(fields: Mapping[str, Any], levels: int) -> Any:
+    """Of attention, for each level. In diffusers' UNets of this age "attention_head_dim" is their number."""
+    heads = fields.get("num_attention_heads") or fields.get("attention_head_dim", 8)
+    return [heads] * levels if isinstance(heads, int) else heads
 
 
 def _vae(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:

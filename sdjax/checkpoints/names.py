@@ -177,11 +177,7 @@ BUFFERS = (
 
 def spelling(name: str) -> str:
     """The name as the tables have it."""
-    for pattern, replacement in SPELLINGS:
-        name, found = re.subn(rf"^{pattern}", replacement, name)
-        if found:
-            break
-    return name
+    return _respelt(name, SPELLINGS)
 
 
 def is_buffer(name: str) -> bool:
@@ -261,14 +257,19 @@ def _source(
 
 
 def _open_clip(target: str, source: Source) -> Source:
-    name = source.name.removeprefix(LDM_ROOTS["text_encoder"])
-    for pattern, replacement in OPEN_CLIP:
-        name, found = re.subn(rf"^{pattern}", replacement, name)
-        if found:
-            break
+    name = _respelt(source.name.removeprefix(LDM_ROOTS["text_encoder"]), OPEN_CLIP)
     module = target.split(".")[-2]
     place = {"part": PACKED.index(module), "parts": len(PACKED)} if module in PACKED else {}
     return Source(OPEN_CLIP_ROOT + name, source.kind, **place)
+
+
+def _respelt(name: str, table: Iterable[tuple[str, str]]) -> str:
+    """The name with its beginning replaced by the first row whose pattern that is."""
+    for pattern, replacement in table:
+        name, found = re.subn(rf"^{pattern}", replacement, name)
+        if found:
+            break
+    return name
 
 
 def _dotted(module: str) -> str:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.models.config import UNetConfig
-from sdjax.models.layers import Conv, Dtype, timestep_embedding
-from sdjax.models.unet import DownBlock, MidBlock, TimeEmbedding
+from sdjax.models.layers import Conv, Dtype
+from sdjax.models.unet import way_down
 
 HINT_CHANNELS = (16, 32, 96, 256)  # of all published ones; a factor of 8 between picture and latents
 
@@ -53,18 +53,9 @@ class ControlNet(nn.Module):
         key_mask: jax.Array | None = None,
     ) -> tuple[list[jax.Array], jax.Array]:
         config, dtype = self.config, self.dtype
-        width, last = config.channels[0], len(config.channels) - 1
-        time = TimeEmbedding(4 * width, dtype, name="time_embedding")(timestep_embedding(timesteps, width))
-        time = nn.silu(time)
+        embedding = HintEmbedding(config.channels[0], self.hint_channels, dtype, name="controlnet_cond_embedding")
         context = context.astype(dtype)
-
-        x = Conv(width, dtype, name="conv_in")(latents.astype(dtype))
-        x = x + HintEmbedding(width, self.hint_channels, dtype, name="controlnet_cond_embedding")(hint)
-        skips = [x]
-        for i in range(last + 1):
-            x, more = DownBlock(config, i, dtype, name=f"down_blocks_{i}")(x, time, context, key_mask)
-            skips += more
-        x = MidBlock(config, last, dtype, name="mid_block")(x, time, context, key_mask)
+        x, skips, _, _ = way_down(config, dtype, latents, timesteps, context, key_mask, embedding(hint))
 
         def projected(name: str, x: jax.Array) -> jax.Array:
             return Conv(x.shape[-1], dtype, size=1, padding=((0, 0), (0, 0)), name=name)(x)

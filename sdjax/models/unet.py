@@ -159,6 +159,33 @@ class UpBlock(Level):
         return x
 
 
+def way_down(
+    config: UNetConfig,
+    dtype: Dtype,
+    latents: jax.Array,
+    timesteps: jax.Array,
+    context: jax.Array,
+    key_mask: jax.Array | None,
+    hint: jax.Array | None = None,
+) -> tuple[jax.Array, list[jax.Array], list[jax.Array], jax.Array]:
+    """From the latents to the middle block's output, with the modules of whichever module calls it.
+
+    hint: (B, h, w, C), added to the first map, or None. Also returns the skips, the levels' outputs and the time.
+    """
+    width, last = config.channels[0], len(config.channels) - 1
+    time = TimeEmbedding(4 * width, dtype, name="time_embedding")(timestep_embedding(timesteps, width))
+    time = nn.silu(time)  # every residual block starts with it
+
+    x = Conv(width, dtype, name="conv_in")(latents.astype(dtype))
+    x = x if hint is None else x + hint
+    skips, levels = [x], []
+    for i in range(last + 1):
+        x, more = DownBlock(config, i, dtype, name=f"down_blocks_{i}")(x, time, context, key_mask)
+        skips += more
+        levels.append(x)
+    return MidBlock(config, last, dtype, name="mid_block")(x, time, context, key_mask), skips, levels, time
+
+
 class UNet(nn.Module):
     """The raw model output: the noise, the velocity or the clean latents, as the checkpoint was trained.
 
@@ -180,19 +207,11 @@ class UNet(nn.Module):
         key_mask: jax.Array | None = None,
         control: tuple[list[jax.Array], jax.Array] | None = None,
     ) -> jax.Array:
-        config, dtype = self.config, self.dtype
-        width, last = config.channels[0], len(config.channels) - 1
-        time = TimeEmbedding(4 * width, dtype, name="time_embedding")(timestep_embedding(timesteps, width))
-        time = nn.silu(time)  # every residual block starts with it
+        config, dtype, last = self.config, self.dtype, len(self.config.channels) - 1
         context = context.astype(dtype)
-
-        x = Conv(width, dtype, name="conv_in")(latents.astype(dtype))
-        skips = [x]
-        for i in range(last + 1):
-            x, more = DownBlock(config, i, dtype, name=f"down_blocks_{i}")(x, time, context, key_mask)
-            skips += more
-            self.sow("intermediates", f"down_blocks_{i}", x)
-        x = MidBlock(config, last, dtype, name="mid_block")(x, time, context, key_mask)
+        x, skips, levels, time = way_down(config, dtype, latents, timesteps, context, key_mask)
+        for i, level in enumerate(levels):
+            self.sow("intermediates", f"down_blocks_{i}", level)
         self.sow("intermediates", "mid_block", x)
         if control is not None:
             added, middle = control

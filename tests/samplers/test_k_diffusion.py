@@ -100,7 +100,10 @@ def test_every_step(k_diffusion, name, theirs, options, steps, prediction):
     if "noise_sampler" in inspect.signature(function).parameters:
         arguments["noise_sampler"] = lambda before, after: torch.from_numpy(brownian(float(before), float(after)))
     x = torch.from_numpy(START) / run.levels[0].alpha
-    callback = lambda info: seen.append(info["x"].numpy())  # noqa: E731
+
+    def callback(info):
+        seen.append(info["x"].numpy())
+
     x = function(denoised, x, sigmas, callback=callback, disable=True, **arguments)
     oracle.assert_close(end, x.numpy(), 1e-9)
     # Ours are variance-preserving where the sampler is; theirs never are. The last level is clean, and theirs unseen.
