@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sdjax.models.low_rank import changes_of
+from sdjax.ops import winograd
 from sdjax.ops.attention import attention
 from sdjax.ops.convolution import Padding, convolution
 from sdjax.ops.normalization import group_norm, layer_norm
@@ -50,7 +51,11 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution, (B, H, W, I) -> (B, H', W', O)."""
+    """A convolution, (B, H, W, I) -> (B, H', W', O).
+
+    doubled: the size (H', W') to which the map is doubled first, by repetition; at most (2H, 2W), cropped. None: it is
+    taken as it is.
+    """
 
     features: int
     dtype: Dtype
@@ -58,19 +63,40 @@ class Conv(nn.Module):
     stride: int = 1
     padding: Padding = ((1, 1), (1, 1))
     use_bias: bool = True
+    doubled: tuple[int, ...] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        out = convolution(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
-        for change in changes_of(self):
-            low = convolution(x.astype(self.dtype), change["down"].astype(self.dtype), self.stride, self.padding)
-            out = out + (change["weight"] * matmul(low, change["up"], self.dtype)).astype(self.dtype)
+        x, changes, dtype = x.astype(self.dtype), changes_of(self), self.dtype
+        taken = x if self.doubled is None else repeated(x, self.doubled)
+        if self.has_variable("params", "winograd"):  # `sdjax.models.prepared` put it there, in place of the kernel
+            prepared = self.get_variable("params", "winograd").astype(dtype)
+            if self.doubled is None:
+                out = winograd.convolution(x, prepared)
+            else:
+                out = winograd.upsampled(x, prepared, self.doubled)
+        else:
+            shape = (self.size, self.size, x.shape[-1], self.features)
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+            out = convolution(taken, kernel.astype(dtype), self.stride, self.padding)
+        for change in changes:
+            low = convolution(taken, change["down"].astype(dtype), self.stride, self.padding)
+            out = out + (change["weight"] * matmul(low, change["up"], dtype)).astype(out.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            out = out + bias.astype(self.dtype).reshape(1, 1, 1, -1)
-        return out
+            out = out + bias.astype(out.dtype).reshape(1, 1, 1, -1)
+        return out.astype(dtype)
+
+
+def repeated(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
+    """(B, H, W, C) -> (B, *size, C), every pixel twice along both axes, cropped to the size.
+
+    An odd map was rounded up on the way down, so its double is one too large: cropping it is what PyTorch's nearest
+    interpolation to an odd size gives.
+    """
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+    return x[:, : size[0], : size[1]]
 
 
 class GroupNorm(nn.Module):
@@ -159,19 +185,15 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Doubles height and width by repetition, then convolves.
 
-    size: (H', W') of the result, at most (2H, 2W). An odd map was rounded up on the way down, so its double is
-    one too large: cropping the repeated map is what PyTorch's nearest interpolation to an odd size gives.
+    size: (H', W') of the result, at most (2H, 2W); None is the double.
     """
 
     dtype: Dtype
 
     @nn.compact
     def __call__(self, x: jax.Array, size: tuple[int, ...] | None = None) -> jax.Array:
-        b, h, w, c = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        if size is not None:
-            x = x[:, : size[0], : size[1]]
-        return Conv(c, self.dtype, name="conv")(x)
+        size = (2 * x.shape[1], 2 * x.shape[2]) if size is None else tuple(size)
+        return Conv(x.shape[-1], self.dtype, doubled=size, name="conv")(x)
 
 
 def timestep_embedding(timesteps: jax.Array, width: int) -> jax.Array:
