@@ -201,9 +201,9 @@ def generate(
     if mesh is not None:
         # Whatever kinds of axes a mesh has, the compiler here chooses the shardings (`jax.make_mesh` makes others).
         mesh = Mesh(mesh.devices, mesh.axis_names)
-    params = model.params
+    params = model.prepared
     if followed:
-        params = {**params, "controls": {str(i): model.controls[name].params for i, name in enumerate(followed)}}
+        params = {**params, "controls": {str(i): model.prepared_controls[name] for i, name in enumerate(followed)}}
     params = pipeline.everywhere(params, mesh)
     size = min(count, DEFAULT_BATCH) if batch_size is None else arguments.whole("batch_size", batch_size, 1)
     devices = 1 if mesh is None else mesh.size

@@ -19,6 +19,7 @@ from sdjax import checkpoints, samplers
 from sdjax.models import low_rank
 from sdjax.models.config import Config
 from sdjax.models.layers import apply
+from sdjax.models.prepared import Known, prepare
 from sdjax.models.shapes import control_shapes, shapes, tiny_decoder_shapes
 from sdjax.models.text_encoder import TextEncoder
 from sdjax.models.tiny_decoder import TinyDecoder
@@ -101,6 +102,23 @@ class StableDiffusion:
     embeddings: tuple[Embedding, ...] = ()
     tiny_decoder: Params | None = None
     controls: Mapping[str, Net] = dataclasses.field(default_factory=dict)
+    _transformed: Known = dataclasses.field(default_factory=dict, repr=False)  # shared by models of the same kernels
+
+    @functools.cached_property
+    def prepared(self) -> Params:
+        """`params` as this platform's fastest programs take them; made at the first use, and kept.
+
+        What they compute differs from `params`' by rounding alone.
+        """
+        return self._fast(self.params)
+
+    @functools.cached_property
+    def prepared_controls(self) -> Params:
+        """Likewise, by their names, the parameters of the ControlNets."""
+        return {name: self._fast(net.params) for name, net in self.controls.items()}
+
+    def _fast(self, params: Params) -> Params:
+        return prepare(params, self.dtype, self._transformed) if jax.default_backend() == "cpu" else params
 
     @property
     def source(self) -> str:
@@ -157,7 +175,12 @@ class StableDiffusion:
         """The same model with its LoRAs added into its weights: as fast as without, and no longer to be weighed."""
         bare = dataclasses.replace(self, embeddings=())
         return dataclasses.replace(
-            self, params=low_rank.fold(self.params), file=bare.source, digest=bare.fingerprint, loras=()
+            self,
+            params=low_rank.fold(self.params),
+            file=bare.source,
+            digest=bare.fingerprint,
+            loras=(),
+            _transformed={},
         )
 
     def with_embedding(self, path: str | Path, word: str | None = None) -> StableDiffusion:
@@ -270,7 +293,8 @@ class StableDiffusion:
     def place(self, mesh: jax.sharding.Mesh) -> StableDiffusion:
         """The same model with its weights on every device of the mesh; `generate(mesh=)` then has nothing to move."""
         controls = {name: net._replace(params=everywhere(net.params, mesh)) for name, net in self.controls.items()}
-        return dataclasses.replace(self, params=everywhere(self.params, mesh), controls=controls)
+        params = everywhere(self.params, mesh)
+        return dataclasses.replace(self, params=params, controls=controls, _transformed={})
 
     def encode_text(self, token_ids: jax.typing.ArrayLike, clip_skip: int = 0) -> jax.Array:
         """(B, 77) int32 -> (B, 77, D) float32, after the final layer norm."""
@@ -288,18 +312,18 @@ class StableDiffusion:
         key_mask: (B, S) bool, False for tokens of the context that do not count.
         """
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps, jnp.float32), latents.shape[:1])
-        return _unet(self.config, self.dtype, self.params, latents, timesteps, context, key_mask)
+        return _unet(self.config, self.dtype, self.prepared, latents, timesteps, context, key_mask)
 
     def encode_image(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(B, H, W, 3) in [-1, 1] -> mean and log-variance (B, h, w, z), before the scaling factor.
 
         The log-variance is clamped to [-30, 20].
         """
-        return _vae(self.config, self.dtype, self.params, "encode", images)
+        return _vae(self.config, self.dtype, self.prepared, "encode", images)
 
     def decode_latents(self, z: jax.Array) -> jax.Array:
         """(B, h, w, z) latents before the scaling factor -> (B, H, W, 3), about [-1, 1], unclipped."""
-        return _vae(self.config, self.dtype, self.params, "decode", z)
+        return _vae(self.config, self.dtype, self.prepared, "decode", z)
 
     def save(self, path: str | Path) -> None:
         """Writes config and weights, LoRAs merged, as one native safetensors file, whole or not at all.

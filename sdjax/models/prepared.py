@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,15 +18,25 @@ FEWEST_CHANNELS = 32
 MOST_CHANNELS_OF_LARGE_TILES = 640
 
 
-def prepare(params: Params, dtype: str) -> Params:
+Known = dict[int, tuple[Any, list[jax.Array]]]
+
+
+def prepare(params: Params, dtype: str, known: Known) -> Params:
     """The same tree, where every 3x3 kernel of a residual block or an upsampler is as `sdjax.ops.winograd` takes it.
 
-    It is then called "winograd" in place of "kernel". Nothing else is copied.
+    It is then called "winograd" in place of "kernel", a list of arrays: XLA would copy each slice of one array. Nothing
+    else is copied.
 
     Args:
       params: nested dicts of arrays, in any dtype.
       dtype: of computation; the transform is made in float32 and rounded to it once.
+      known: what is made is kept here, by the kernel's identity beside the kernel, and taken from here the next time.
     """
+
+    def kept(kernel: jax.Array, transform: Callable[..., list[jax.Array]], *arguments: Any) -> list[jax.Array]:
+        if id(kernel) not in known:
+            known[id(kernel)] = kernel, transform(kernel, *arguments)
+        return known[id(kernel)][1]
 
     def visit(node: Params, parent: str, name: str) -> Params:
         if not isinstance(node, Mapping):
@@ -35,9 +45,9 @@ def prepare(params: Params, dtype: str) -> Params:
         if kernel is not None and kernel.ndim == 4 and min(kernel.shape[2:]) >= FEWEST_CHANNELS:
             rest = {key: value for key, value in node.items() if key != "kernel"}
             if parent.startswith("upsamplers") and name == "conv":
-                return {**rest, "winograd": _upsampled(kernel, dtype)}
+                return {**rest, "winograd": kept(kernel, _upsampled, dtype)}
             if parent.startswith("resnets") and name in ("conv1", "conv2"):
-                return {**rest, "winograd": _plain(kernel, dtype, _tile(kernel, dtype))}
+                return {**rest, "winograd": kept(kernel, _plain, _tile(kernel, dtype), dtype)}
         return {key: visit(child, name, key) for key, child in node.items()}
 
     return visit(params, "", "")
@@ -48,5 +58,5 @@ def _tile(kernel: jax.Array, dtype: str) -> int:
     return 4 if dtype == "float32" and min(kernel.shape[2:]) <= MOST_CHANNELS_OF_LARGE_TILES else 2
 
 
-_upsampled = jax.jit(lambda kernel, dtype: winograd.prepare_upsampled(kernel).astype(dtype), static_argnums=1)
-_plain = jax.jit(lambda kernel, dtype, m: winograd.prepare(kernel, m).astype(dtype), static_argnums=(1, 2))
+_plain = jax.jit(winograd.prepare, static_argnums=(1, 2))
+_upsampled = jax.jit(winograd.prepare_upsampled, static_argnums=1)

@@ -10,6 +10,7 @@ Y = A^T [(G g G^T) * (B^T d B)] A, where the matrices evaluate polynomials at n 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,8 +21,6 @@ from jax import lax
 
 # The usual points of m = 4, which are 0, ±1 and ±2, have twice the error of these.
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
-# Fewer rows than this are multiplied in one batch of matrices: each alone would not keep two threads busy.
-ROWS = 128
 
 
 class Transform(NamedTuple):
@@ -49,25 +48,42 @@ def transform(m: int) -> Transform:
     return Transform(results, kernel * scale, inputs / scale)
 
 
-def prepare(kernel: jax.Array, m: int) -> jax.Array:
-    """(3, 3, I, O) -> (n^2, I, O) float32, the kernel as `convolution` takes it: G g G^T."""
-    along = jnp.asarray(transform(m).kernel, jnp.float32)
-    prepared = jnp.einsum("ax,by,xyio->abio", along, along, kernel.astype(jnp.float32), precision="highest")
-    return prepared.reshape(-1, *kernel.shape[2:])
+def prepare(kernel: jax.Array, m: int, dtype: jax.typing.DTypeLike) -> list[jax.Array]:
+    """(3, 3, I, O) -> n^2 times (I, O), the kernel as `convolution` takes it: G g G^T, made in float32."""
+    return _prepare(kernel, transform(m).kernel, dtype)
 
 
-def convolution(x: jax.Array, prepared: jax.Array) -> jax.Array:
+def prepare_upsampled(kernel: jax.Array, dtype: jax.typing.DTypeLike) -> list[jax.Array]:
+    """(3, 3, I, O) -> 9 times (I, O), the kernel as `upsampled` takes it, made in float32."""
+    return _prepare(kernel, np.array([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]]), dtype)
+
+
+def _prepare(kernel: jax.Array, along: np.ndarray, dtype: jax.typing.DTypeLike) -> list[jax.Array]:
+    inputs, features = kernel.shape[2:]
+
+    def part(kernel: jax.Array) -> list[jax.Array]:
+        kernel = kernel.astype(jnp.float32)
+        rows = [combine(weights, list(kernel)) for weights in along]
+        return [combine(weights, list(row)).astype(dtype) for row in rows for weights in along]
+
+    # A few channels at a time stay in a cache while all places of the tile are made of them.
+    size = next(size for size in (32, 24, 16, 8, 4, 2, 1) if inputs % size == 0)
+    parts = jnp.moveaxis(kernel.reshape(3, 3, -1, size, features), 2, 0)
+    return [place.reshape(inputs, features) for place in lax.map(part, parts)]
+
+
+def convolution(x: jax.Array, prepared: Sequence[jax.Array]) -> jax.Array:
     """The 3x3 convolution of stride 1 with a border of zeros.
 
     Args:
       x: (B, H, W, I), of any size.
-      prepared: (n^2, I, O), what `prepare` returns, in the dtype of the products; they are summed in float32.
+      prepared: what `prepare` returns, in the dtype of the products; they are summed in float32.
 
     Returns:
       (B, H, W, O) float32.
     """
-    (batch, height, width, channels), (places, _, features) = x.shape, prepared.shape
-    n = round(places**0.5)
+    (batch, height, width, channels), features = x.shape, prepared[0].shape[1]
+    n = math.isqrt(len(prepared))
     m = n - 2
     to_results, _, to_places = transform(m)
     down, across = -(-height // m), -(-width // m)  # tiles
@@ -81,12 +97,8 @@ def convolution(x: jax.Array, prepared: jax.Array) -> jax.Array:
         return lax.slice(row, (0, 0, j, 0), (batch, down, j + m * (across - 1) + 1, channels), (1, 1, m, 1))
 
     each = [combine(weights, [rows(i) for i in range(n)]) for weights in to_places]
-    tiles = [
-        combine(weights, [columns(row, j) for j in range(n)]).reshape(-1, channels).astype(prepared.dtype)
-        for row in each
-        for weights in to_places
-    ]
-    products = [product.reshape(batch, down, across, features) for product in multiply(tiles, prepared)]
+    tiles = [combine(weights, [columns(row, j) for j in range(n)]) for row in each for weights in to_places]
+    products = [multiply(tile, own) for tile, own in zip(tiles, prepared, strict=True)]
     halves = [
         jnp.stack([combine(weights, products[a * n : (a + 1) * n]) for weights in to_results], 3) for a in range(n)
     ]
@@ -95,14 +107,7 @@ def convolution(x: jax.Array, prepared: jax.Array) -> jax.Array:
     return out.reshape(batch, down * m, across * m, features)[:, :height, :width]
 
 
-def prepare_upsampled(kernel: jax.Array) -> jax.Array:
-    """(3, 3, I, O) -> (9, I, O) float32, the kernel as `upsampled` takes it."""
-    along = jnp.array([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
-    prepared = jnp.einsum("ax,by,xyio->abio", along, along, kernel.astype(jnp.float32), precision="highest")
-    return prepared.reshape(-1, *kernel.shape[2:])
-
-
-def upsampled(x: jax.Array, prepared: jax.Array, size: tuple[int, ...]) -> jax.Array:
+def upsampled(x: jax.Array, prepared: Sequence[jax.Array], size: tuple[int, ...]) -> jax.Array:
     """The same convolution of the map doubled by repetition, with four times fewer products.
 
     Along one axis, with the differences d[i] = x[i] - x[i - 1] and the kernel's sum s, two neighbouring results are
@@ -113,13 +118,12 @@ def upsampled(x: jax.Array, prepared: jax.Array, size: tuple[int, ...]) -> jax.A
 
     Args:
       x: (B, H, W, I).
-      prepared: (9, I, O), what `prepare_upsampled` returns, in the dtype of the products; they are summed in float32.
+      prepared: what `prepare_upsampled` returns, in the dtype of the products; they are summed in float32.
       size: (H', W') of the doubled map, each 2H, or 2H - 1 where its last row is cut off before the convolution.
 
     Returns:
       (B, H', W', O) float32.
     """
-    batch, height, width, channels = x.shape
     x = x.astype(jnp.float32)
 
     def difference(x: jax.Array, axis: int) -> jax.Array:
@@ -134,9 +138,7 @@ def upsampled(x: jax.Array, prepared: jax.Array, size: tuple[int, ...]) -> jax.A
     kinds = (1, 0, 1)  # of the three products along an axis: of differences, of the map itself, of differences
 
     def product(a: int, b: int) -> jax.Array:
-        tiles = maps[kinds[a], kinds[b]]
-        rows = tiles.reshape(-1, channels).astype(prepared.dtype)
-        return multiply([rows], prepared[3 * a + b, None])[0].reshape(*tiles.shape[:3], -1)
+        return multiply(maps[kinds[a], kinds[b]], prepared[3 * a + b])
 
     def interleave(first: jax.Array, middle: jax.Array, last: jax.Array, axis: int) -> jax.Array:
         length, cut = middle.shape[axis], size[axis - 1] % 2
@@ -153,15 +155,11 @@ def upsampled(x: jax.Array, prepared: jax.Array, size: tuple[int, ...]) -> jax.A
     return interleave(*halves, axis=1)[:, : size[0], : size[1]]
 
 
-def multiply(tiles: Sequence[jax.Array], prepared: jax.Array) -> list[jax.Array]:
-    """At every place of a tile (N, I) x (I, O) -> (N, O) float32."""
-    if len(tiles) > 1 and len(tiles[0]) < ROWS:
-        batched = (((2,), (1,)), ((0,), (0,)))
-        return list(lax.dot_general(jnp.stack(tiles), prepared, batched, preferred_element_type=jnp.float32))
-    plain = (((1,), (0,)), ((), ()))
-    return [
-        lax.dot_general(tile, prepared[i], plain, preferred_element_type=jnp.float32) for i, tile in enumerate(tiles)
-    ]
+def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """(B, h, w, I), (I, O) -> (B, h, w, O) float32."""
+    rows = x.reshape(-1, x.shape[-1]).astype(matrix.dtype)
+    product = lax.dot_general(rows, matrix, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return product.reshape(*x.shape[:3], -1)
 
 
 def combine(weights: Sequence[float], arrays: Sequence[jax.Array]) -> jax.Array:
