@@ -305,12 +305,13 @@ class StableDiffusion:
         """Writes config and weights, LoRAs merged, as one native safetensors file, whole or not at all.
 
         Raises:
-          ValueError: the model has textual inversions: the format has no words, and their files remain.
+          ValueError: the model has textual inversions: the format has no words, and their files remain; or its weights
+            hold NaN or infinity.
         """
         if self.embeddings:
             words = ", ".join(embedding.word for embedding in self.embeddings)
             raise ValueError(f"a model file has no words of textual inversions ({words}); save the model without them")
-        checkpoints.save(path, low_rank.fold(self.params), self.config)
+        checkpoints.save(path, low_rank.fold(self.params), self.config, targets=shapes(self.config))
 
     def schedule(self) -> Schedule:
         """The noise schedule that the model was trained with."""
