@@ -4,11 +4,14 @@ It makes the same random float32 weights as a native file, a diffusers folder an
 each in a process of its own, several times in turn:
 
   sdjax       `sdjax.load` of the native file, until every array is there
+  ldm         `sdjax.load` of the `.ckpt`, which is looked through for NaN and infinity
   diffusers   `StableDiffusionPipeline.from_pretrained` of the folder
   copy        of the `.ckpt` to another file, written through to the disk
   convert     `checkpoints.convert` of the `.ckpt` to a native file, without the hash of the source
 
-Imports are not counted. Files are in the page cache for all. "all" is what the process gained in resident memory while
+Imports are not counted. Files are in the page cache for all. Native files and diffusers' are mapped into memory, and
+nothing is read before it is used; so "touched" is the time until, beyond that, a byte of every page of every weight has
+been read. "all" is what the process gained in resident memory while
 it loaded (of which, for sdjax, most is the file itself, mapped); "own" is what of it is not a file's; "peak" is the
 most at any time.
 Needs `pip install -e ".[test]"`. Writes benchmarks/results/load.json.
@@ -18,21 +21,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
 RESULTS = Path(__file__).parent / "results" / "load.json"
-CONTESTANTS = ("sdjax", "diffusers", "copy", "convert")
+CONTESTANTS = ("sdjax", "diffusers", "ldm", "copy", "convert")
 
 
 def make(folder: Path) -> None:
-    import numpy as np
     import torch
 
     from sdjax import checkpoints
@@ -45,7 +51,7 @@ def make(folder: Path) -> None:
     rng = np.random.default_rng(0)
     leaves = {name: rng.standard_normal(x.shape, np.float32) for name, x in native.flatten(shapes(SD1)).items()}
     params = native.unflatten(leaves)
-    checkpoints.save(folder / "native.safetensors", params, SD1)
+    checkpoints.save(folder / "native.safetensors", params, SD1, targets=shapes(SD1))
     checkpoints.convert(folder / "native.safetensors", folder / "diffusers", shapes, layout="diffusers")
     original = checkpoints.export(params, SD1, "ldm")
     state = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in original.items()}
@@ -59,23 +65,31 @@ def memory() -> dict[str, int]:
     return {name: 1024 * int(fields[key].split()[0]) for name, key in (("all", "VmRSS"), ("own", "RssAnon"))}
 
 
+def touch(arrays: Iterable[np.ndarray]) -> None:
+    """Reads a byte of every page."""
+    for array in arrays:
+        array.ravel("K").view(np.uint8)[:: mmap.PAGESIZE].max()
+
+
 def contest(name: str, folder: Path) -> dict[str, float]:
     """One measurement, in a process that does nothing else."""
-    if name == "sdjax":
+    if name in ("sdjax", "ldm"):
         import jax
 
-        import sdjax
+        import sdjax.pipeline  # `import sdjax` alone imports nothing
 
         jax.devices()
     elif name == "diffusers":
         import diffusers
-        import transformers  # noqa: F401 - imported by diffusers when it first loads
+        import transformers  # noqa: F401
+        from diffusers import StableDiffusionPipeline  # noqa: F401 - these are imported when first used
     elif name == "convert":
         from sdjax import checkpoints
         from sdjax.models.shapes import shapes
     before, start = memory(), time.perf_counter()
-    if name == "sdjax":
-        loaded = sdjax.load(folder / "native.safetensors", dtype="float32")
+    if name in ("sdjax", "ldm"):
+        file = "native.safetensors" if name == "sdjax" else "original.ckpt"
+        loaded = sdjax.load(folder / file, dtype="float32")
         jax.block_until_ready(loaded.params)
     elif name == "diffusers":
         loaded = diffusers.StableDiffusionPipeline.from_pretrained(folder / "diffusers", local_files_only=True)
@@ -87,8 +101,14 @@ def contest(name: str, folder: Path) -> dict[str, float]:
     else:
         checkpoints.convert(folder / "original.ckpt", folder / "converted", shapes, hash_source=False)
     seconds, after = time.perf_counter() - start, memory()
+    if name in ("sdjax", "ldm"):
+        touch(np.asarray(leaf) for leaf in jax.tree.leaves(loaded.params))
+    elif name == "diffusers":
+        parts = (loaded.text_encoder, loaded.unet, loaded.vae)
+        touch(tensor.detach().numpy() for part in parts for tensor in part.parameters())
+    touched = time.perf_counter() - start
     peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    return {"seconds": seconds, **{k: after[k] - before[k] for k in after}, "peak": peak - before["all"]}
+    return {"seconds": seconds, "touched": touched, **{k: after[k] - before[k] for k in after}, "peak": peak - before["all"]}
 
 
 def main() -> None:
@@ -113,14 +133,15 @@ def main() -> None:
     report["native file, GB"] = round((folder / "native.safetensors").stat().st_size / 1e9, 2)
     medians = {}
     for name, runs in found.items():
-        seconds = [run["seconds"] for run in runs]
-        medians[name] = statistics.median(seconds)
+        times = {key: [run[key] for run in runs] for key in ("seconds", "touched")}
+        medians[name] = {key: statistics.median(values) for key, values in times.items()}
         report[name] = {
-            "seconds": [round(f(seconds), 2) for f in (min, statistics.median, max)],
+            **{key: [round(f(v), 2) for f in (min, statistics.median, max)] for key, v in times.items()},
             **{key: round(max(run[key] for run in runs) / 1e9, 2) for key in ("all", "own", "peak")},
         }
-    report["diffusers / sdjax"] = round(medians["diffusers"] / medians["sdjax"], 1)
-    report["convert / copy"] = round(medians["convert"] / medians["copy"], 2)
+    for key in ("seconds", "touched"):
+        report[f"diffusers / sdjax, {key}"] = round(medians["diffusers"][key] / medians["sdjax"][key], 1)
+    report["convert / copy"] = round(medians["convert"]["seconds"] / medians["copy"]["seconds"], 2)
     RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
 

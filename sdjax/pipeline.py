@@ -391,7 +391,7 @@ def _placed(params: Params, dtype: str) -> tuple[str, Params]:
     """The digest of weights as they are computed with, and these on the device."""
     # Already of this dtype, a file's memory-mapped arrays are used as they lie.
     host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
-    return digest(host), jax.tree.map(jax.device_put, host)
+    return digest(host), jax.device_put(host)
 
 
 def _combined(*digests: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -134,6 +135,7 @@ def convert(
     if layout not in ("native", *LAYOUTS):
         raise ValueError(f"layout: expected native, {' or '.join(LAYOUTS)}, got {layout!r}")
     source = Path(source)
+    shapes = functools.cache(shapes)  # tracing takes seconds
     read = _read(source, shapes, ema, prediction, None)
     config, params = read.config, native.unflatten(read.arrays)
     metadata = {"source": source.absolute().name, **read.chosen}
