@@ -7,8 +7,8 @@ Targets:
 
   pickle       the stack machine, on bare pickles
   zip          PyTorch's files: the input is the pickle and the numbers of an archive, which may itself be damaged
-  safetensors  whole files
-  msgpack      whole files of Flax's
+  safetensors  the input is the header and the numbers of a file, which may itself be damaged
+  msgpack      the input is a file of Flax's, or the array in one, which may itself be damaged
 
 Whatever is not a value or a `CheckpointError` (for bare pickles a `PickleError`) is a finding: it is printed, and the
 input is kept. So are five seconds for one input, and memory beyond 512 MB. What is read is read to its last number.
@@ -48,25 +48,43 @@ def fuzz_pickle(data: bytes) -> None:
 
 def fuzz_zip(data: bytes) -> None:
     given = atheris.FuzzedDataProvider(data)
-    damage = given.ConsumeIntInRange(0, 3)
-    places = [(given.ConsumeIntInRange(0, LARGEST), given.ConsumeIntInRange(0, 255)) for _ in range(damage)]
+    places = _places(given)
     numbers = given.ConsumeBytes(given.ConsumeIntInRange(0, 64))
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("a/data.pkl", given.ConsumeBytes(LARGEST))
         archive.writestr("a/data/0", numbers)
-    whole = bytearray(packed.getvalue())
-    for place, value in places:
-        whole[place % len(whole)] = value
-    _read(lambda path: pytorch.read(path)[0], bytes(whole))
+    _read(lambda path: pytorch.read(path)[0], _damaged(packed.getvalue(), places))
 
 
 def fuzz_safetensors(data: bytes) -> None:
-    _read(lambda path: safetensors.read(path)[0], data)
+    given = atheris.FuzzedDataProvider(data)
+    places = _places(given)
+    numbers = given.ConsumeBytes(given.ConsumeIntInRange(0, 64))
+    header = given.ConsumeBytes(LARGEST)
+    whole = len(header).to_bytes(8, "little") + header + numbers
+    _read(lambda path: safetensors.read(path)[0], _damaged(whole, places))
 
 
 def fuzz_msgpack(data: bytes) -> None:
-    _read(msgpack.read, data)
+    given = atheris.FuzzedDataProvider(data)
+    places = _places(given)
+    bare = given.ConsumeBool()
+    rest = given.ConsumeBytes(LARGEST)
+    _read(msgpack.read, _damaged(rest if bare else packb({"a": {"b": ExtType(1, rest)}}), places))
+
+
+def _places(given: atheris.FuzzedDataProvider) -> list[tuple[int, int]]:
+    """Where a file is to be damaged, and by which byte."""
+    count = given.ConsumeIntInRange(0, 3)
+    return [(given.ConsumeIntInRange(0, LARGEST), given.ConsumeIntInRange(0, 255)) for _ in range(count)]
+
+
+def _damaged(whole: bytes, places: list[tuple[int, int]]) -> bytes:
+    damaged = bytearray(whole)
+    for place, value in places:
+        damaged[place % len(whole)] = value
+    return bytes(damaged)
 
 
 def _read(read: Callable[[Path], Mapping[str, np.ndarray]], data: bytes) -> None:
@@ -83,13 +101,13 @@ def seeds(target: str) -> list[bytes]:
     storage = b"((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x02tQK\0(K\x02t(K\x01ttR."
     tensor = b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n" + storage[:-1] + b"s."
     header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"__metadata__":{"b":"c"}}'
-    header += b" " * (-len(header) % 8)
+    array = packb(((2,), "float32", b"\0" * 8))
+    # Taken apart from behind: no damage; how many bytes of numbers there are at the start, or whether it is a file.
     return {
         "pickle": [*pickled, tensor],
-        # As `fuzz_zip` takes them apart: numbers before the pickle, behind it how many bytes of these, and no damage.
         "zip": [b"\0" * 8 + program + b"\x08\0" for program in (*pickled, tensor)],
-        "safetensors": [len(header).to_bytes(8, "little") + header + b"\0" * 8],
-        "msgpack": [packb({"a": {"b": ExtType(1, packb(((2,), "float32", b"\0" * 8)))}})],
+        "safetensors": [b"\0" * 8 + header + b"\x08\0"],
+        "msgpack": [packb({"a": {"b": ExtType(1, array)}}) + b"\1\0", array + b"\0\0"],
     }[target]
 
 
