@@ -9,11 +9,11 @@ each in a process of its own, several times in turn:
   copy        of the `.ckpt` to another file, written through to the disk
   convert     `checkpoints.convert` of the `.ckpt` to a native file, without the hash of the source
 
-Imports are not counted. Each reads its files once before its time begins, so that they are in the page cache. Native files and diffusers' are mapped into memory, and
-nothing is read before it is used; so "touched" is the time until, beyond that, a byte of every page of every weight has
-been read. "all" is what the process gained in resident memory while
-it loaded (of which, for sdjax, most is the file itself, mapped); "own" is what of it is not a file's; "peak" is the
-most at any time.
+Imports are not counted. Each reads its files once before its time begins, so that they are in the page cache. Native
+files and diffusers' are mapped into memory, and nothing is read before it is used; so "touched" is the time until,
+beyond that, a byte of every page of every weight has been read. "all" is what the process gained in resident memory
+while it loaded (files that are mapped count as they are used); "own" is what of it is not a file's; "peak" is the most
+of "all" at any time, "own peak" of "own".
 Needs `pip install -e ".[test]"`. Writes benchmarks/results/load.json.
 """
 
@@ -118,7 +118,12 @@ def contest(name: str, folder: Path) -> dict[str, float]:
         touch(tensor.detach().numpy() for part in parts for tensor in part.parameters())
     touched = time.perf_counter() - start
     peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    return {"seconds": seconds, "touched": touched, **{k: after[k] - before[k] for k in after}, "peak": peak - before["all"]}
+    return {
+        "seconds": seconds,
+        "touched": touched,
+        **{k: after[k] - before[k] for k in after},
+        "peak": peak - before["all"],
+    }
 
 
 def main() -> None:

@@ -36,9 +36,10 @@ from sdjax.checkpoints import (
 )
 from sdjax.checkpoints import prediction as predictions
 from sdjax.checkpoints.contents import Contents
-from sdjax.checkpoints.errors import CheckpointError
+from sdjax.checkpoints.errors import CheckpointError, shorten
+from sdjax.checkpoints.finite import is_finite
 from sdjax.checkpoints.names import Kind, Source
-from sdjax.checkpoints.native import flatten, save
+from sdjax.checkpoints.native import flatten, save, unflatten
 from sdjax.checkpoints.weights import View
 from sdjax.models.config import Config
 
@@ -50,12 +51,15 @@ __all__ = [
     "export",
     "flatten",
     "hub",
+    "is_finite",
     "load",
     "lora",
     "parts",
     "save",
+    "shorten",
     "textual_inversion",
     "tiny_decoder",
+    "unflatten",
 ]
 
 Path_ = str | os.PathLike[str]
