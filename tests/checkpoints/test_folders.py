@@ -110,7 +110,7 @@ def test_what_a_folder_says_of_samplers(tmp_path, folder, shapes, fields, expect
 
 
 def test_ddim_ends_clean_where_its_file_does_not_say(folder, shapes):
-    path, change = folder
+    path, _ = folder
     fields = {name: x for name, x in CONFIGS[SCHEDULER].items() if name != "set_alpha_to_one"}
     for kind, expected in (("DDIMScheduler", True), ("PNDMScheduler", False)):
         (path / SCHEDULER).write_text(json.dumps(fields | {"_class_name": kind}))
