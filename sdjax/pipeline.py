@@ -406,7 +406,7 @@ def _placed(path: str | Path, params: Params, dtype: str) -> tuple[str, Params]:
     """
     leaves, widest = checkpoints.flatten(params), jnp.finfo(dtype).max
     # Already of this dtype, a file's memory-mapped arrays are used as they lie.
-    host = {name: np.asarray(x, jnp.dtype(dtype)) for name, x in leaves.items()}
+    host = {name: checkpoints.contiguous(np.asarray(x), jnp.dtype(dtype)) for name, x in leaves.items()}
     narrowed = [name for name, x in leaves.items() if jnp.finfo(x.dtype).max > widest]
     if overflown := [name for name in narrowed if not checkpoints.is_finite(host[name])]:
         raise checkpoints.CheckpointError(

@@ -35,9 +35,9 @@ from sdjax.checkpoints import (
     weights,
 )
 from sdjax.checkpoints import prediction as predictions
+from sdjax.checkpoints.arrays import contiguous, is_finite
 from sdjax.checkpoints.contents import Contents
 from sdjax.checkpoints.errors import CheckpointError, shorten
-from sdjax.checkpoints.finite import is_finite
 from sdjax.checkpoints.names import Kind, Source
 from sdjax.checkpoints.native import flatten, save, unflatten
 from sdjax.checkpoints.weights import View
@@ -45,6 +45,7 @@ from sdjax.models.config import Config
 
 __all__ = [
     "CheckpointError",
+    "contiguous",
     "controlnet",
     "convert",
     "describe",

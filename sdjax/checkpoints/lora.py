@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdjax.checkpoints import configurations, contents, names
+from sdjax.checkpoints.arrays import FLOATS, is_finite
 from sdjax.checkpoints.contents import Contents
 from sdjax.checkpoints.errors import CheckpointError, shorten
-from sdjax.checkpoints.finite import FLOATS, is_finite
 from sdjax.models.config import Config
 
 # Brought to kohya's roles, which stand at a name's end.

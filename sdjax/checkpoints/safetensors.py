@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 
+from sdjax.checkpoints.arrays import ALIGNMENT, FLOATS, contiguous, is_finite
 from sdjax.checkpoints.errors import CheckpointError, shorten
-from sdjax.checkpoints.finite import FLOATS, is_finite
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -36,9 +36,6 @@ DTYPES = {
 }
 MAX_HEADER = 100_000_000  # bytes; the reference reader's limit
 MAX_RANK = 8
-# XLA's CPU backend uses an array where it lies, without a copy, when it begins at a multiple of this.
-ALIGNMENT = 64
-PIECE = 1 << 20  # bytes
 AHEAD = 2  # tensors; the largest has 150 MB
 
 T = TypeVar("T")
@@ -135,16 +132,7 @@ def write(
 
 def _laid(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, bool]:
     """The array as a file has it, and whether its numbers are finite."""
-    if array.flags.c_contiguous:
-        laid = array.astype(dtype, copy=False)
-    else:
-        # Piece by piece of what the array is a transposed view of: each is in the processor's cache.
-        laid = np.empty(array.shape, dtype)
-        outer = int(np.argmax(array.strides))
-        length = max(1, PIECE // array.strides[outer])
-        for start in range(0, array.shape[outer], length):
-            piece = (*[slice(None)] * outer, slice(start, start + length))
-            laid[piece] = array[piece]
+    laid = contiguous(array, dtype)
     return laid, dtype.name not in FLOATS or is_finite(laid)
 
 

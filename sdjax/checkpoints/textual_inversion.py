@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from sdjax.checkpoints import contents
+from sdjax.checkpoints.arrays import FLOATS, is_finite
 from sdjax.checkpoints.errors import CheckpointError, shorten
-from sdjax.checkpoints.finite import FLOATS, is_finite
 
 MAX_VECTORS = 75  # a window of the text encoder
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "Stable Diffusion XL"}

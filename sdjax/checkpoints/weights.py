@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdjax.checkpoints import names
+from sdjax.checkpoints.arrays import FLOATS, is_finite
 from sdjax.checkpoints.errors import CheckpointError, shorten
-from sdjax.checkpoints.finite import FLOATS, is_finite
 from sdjax.checkpoints.names import Source
 
 
