@@ -99,8 +99,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     settings = _settings(arguments, old)
     if old is not None and arguments.model is None and old.model.split(" + ")[0] != "default":
         raise ValueError(f"--model: the picture was made with {old.model!r}; say where that file is")
-    if old is not None and " + " in old.model and not (arguments.lora or arguments.vae):
-        raise ValueError(f"--lora, --vae: the picture was made with {old.model!r}; say where those files are")
+    if old is not None and " + " in old.model and not (arguments.lora or arguments.vae or arguments.embedding):
+        raise ValueError(
+            f"--lora, --vae, --embedding: the picture was made with {old.model!r}; say where those files are"
+        )
     if arguments.model is not None and not os.path.exists(arguments.model) and not hub.is_name(arguments.model):
         raise ValueError(f"--model: there is no {arguments.model}")
 
@@ -112,6 +114,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         model = model.with_part(arguments.vae, "vae")
     for path, weight in arguments.lora:
         model = model.with_lora(path, weight)
+    for path in arguments.embedding:
+        model = model.with_embedding(path)
     controls = {}
     scales = arguments.control_scale or [1.0] * len(arguments.controlnet)
     for i, (path, hint, scale) in enumerate(zip(arguments.controlnet, arguments.control_image, scales, strict=True)):

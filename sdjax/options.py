@@ -147,6 +147,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--vae", metavar="PATH", help="another autoencoder for the model: file or folder")
     lora = "a LoRA for this model, and how strong it is (default: 1); may be repeated"
     add("--lora", type=_file_and_weight, action="append", default=[], metavar="FILE[:X]", help=lora)
+    embedding = "a textual inversion for this model, a word for prompts, called as the file is; may be repeated"
+    add("--embedding", action="append", default=[], metavar="FILE", help=embedding)
     steps: dict[str, Any] = {"dest": "num_inference_steps", "type": whole, "metavar": "N"}
     add("--steps", "--num-inference-steps", **steps, help="of the sampler (default: 50)")
     scale = "how closely to follow the prompt; one, or one per step as X,X,X (default: 7.5)"

@@ -237,7 +237,7 @@ class StableDiffusion:
             (self.controls or self.tiny_decoder is not None) and config.vae.factor != self.config.vae.factor
         ):
             raise ValueError(f"part: the model's ControlNets or TAESD do not fit this {part}; add theirs after it")
-        own, params = _placed(found, self.dtype)
+        own, params = _placed(path, found, self.dtype)
         return dataclasses.replace(
             self,
             config=config,
@@ -264,7 +264,7 @@ class StableDiffusion:
         if name in self.controls:
             raise ValueError(f"name: there is a ControlNet {name!r} already; give this one another")
         found = checkpoints.controlnet.read(path, self.config, control_shapes)
-        return dataclasses.replace(self, controls={**self.controls, name: Net(*_placed(found, self.dtype))})
+        return dataclasses.replace(self, controls={**self.controls, name: Net(*_placed(path, found, self.dtype))})
 
     def with_tiny_decoder(self, path: str | Path) -> StableDiffusion:
         """The same model with TAESD's decoder for `preview`.
@@ -280,7 +280,7 @@ class StableDiffusion:
                 f"{path}: TAESD is for latents of 4 channels, an eighth of the picture's size"
             )
         found = checkpoints.tiny_decoder.read(Path(path), checkpoints.flatten(tiny_decoder_shapes()))
-        return dataclasses.replace(self, tiny_decoder=_placed(found, self.dtype)[1])
+        return dataclasses.replace(self, tiny_decoder=_placed(path, found, self.dtype)[1])
 
     def preview(self, latents: jax.Array) -> np.ndarray:
         """What a callback's latents (B, h, w, z) look like: (B, H, W, 3) uint8; by TAESD where the model has it."""
@@ -329,12 +329,13 @@ class StableDiffusion:
         """Writes config and weights, LoRAs merged, as one native safetensors file, whole or not at all.
 
         Raises:
-          ValueError: the model has textual inversions: the format has no words, and their files remain.
+          ValueError: the model has textual inversions: the format has no words, and their files remain; or its weights
+            hold NaN or infinity.
         """
         if self.embeddings:
             words = ", ".join(embedding.word for embedding in self.embeddings)
             raise ValueError(f"a model file has no words of textual inversions ({words}); save the model without them")
-        checkpoints.save(path, low_rank.fold(self.params), self.config)
+        checkpoints.save(path, low_rank.fold(self.params), self.config, targets=shapes(self.config))
 
     def schedule(self) -> Schedule:
         """The noise schedule that the model was trained with."""
@@ -348,10 +349,21 @@ class StableDiffusion:
         )
 
     def sampler(self, name: str | samplers.Algorithm = "ddpm", **options: Any) -> samplers.Sampler:
-        """`samplers.create` for this model: its schedule, its prediction type, its offset; options override them."""
+        """`samplers.create` for this model, as its checkpoint says: the schedule, the prediction type, the offset, the
+        spacing where the sampler has diffusers' own, and where DDIM ends. Options override them."""
         config = self.config
-        own = {"schedule": self.schedule(), "prediction": config.prediction, "steps_offset": config.steps_offset}
-        return samplers.create(name, **{**own, **options})
+        algorithm = name if isinstance(name, samplers.Algorithm) else samplers.find(name)
+        own: dict[str, Any] = {
+            "schedule": self.schedule(),
+            "prediction": config.prediction,
+            "steps_offset": config.steps_offset,
+        }
+        if algorithm.spacing in ("leading", "linspace", "trailing"):
+            there = [spacing for spacing, _ in algorithm.spacings]
+            own["spacing"] = next((spacing for spacing in config.spacings if spacing in there), None)
+        if "set_alpha_to_one" in algorithm.options:
+            own["set_alpha_to_one"] = config.set_alpha_to_one
+        return samplers.create(algorithm, **{**own, **options})
 
 
 def load(
@@ -392,7 +404,7 @@ def load(
     elif revision is not None:
         raise ValueError(f"revision: {path} is no name on the hub")
     config, params = checkpoints.load(source, shapes, ema=ema, prediction=prediction, variant=variant)
-    own, params = _placed(params, dtype)
+    own, params = _placed(source, params, dtype)
     name = "default" if path is None else str(path) if on_hub else source.name
     return StableDiffusion(config, params, Tokenizer(config.text_encoder.padding_id), dtype, name, own)
 
@@ -410,11 +422,22 @@ def everywhere(params: Params, mesh: jax.sharding.Mesh | None) -> Params:
     return jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
-def _placed(params: Params, dtype: str) -> tuple[str, Params]:
-    """The digest of weights as they are computed with, and these on the device."""
+def _placed(path: str | Path, params: Params, dtype: str) -> tuple[str, Params]:
+    """The digest of weights as they are computed with, and these on the device.
+
+    Raises:
+      CheckpointError: some are too large for the dtype; the path is for its message.
+    """
+    leaves, widest = checkpoints.flatten(params), jnp.finfo(dtype).max
     # Already of this dtype, a file's memory-mapped arrays are used as they lie.
-    host = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
-    return digest(host), jax.tree.map(jax.device_put, host)
+    host = {name: checkpoints.contiguous(np.asarray(x), jnp.dtype(dtype)) for name, x in leaves.items()}
+    narrowed = [name for name, x in leaves.items() if jnp.finfo(x.dtype).max > widest]
+    if overflown := [name for name in narrowed if not checkpoints.is_finite(host[name])]:
+        raise checkpoints.CheckpointError(
+            f"{path}: numbers too large for {dtype} in {len(overflown)} tensors: {checkpoints.shorten(overflown)}"
+        )
+    tree = checkpoints.unflatten(host)
+    return digest(tree), jax.device_put(tree)
 
 
 def _combined(*digests: str) -> str:

@@ -27,13 +27,16 @@ def files(tmp_path, tiny_file, monkeypatch):
     for name in ("canny", "depth"):
         control = {key: 0.2 * rng.normal(size=x.shape).astype(np.float32) for key, x in leaves.items()}
         safetensors.write(f"{name}.safetensors", weights.export(control, names.ldm(TINY, leaves)), {})
+    vectors = rng.normal(size=(2, TINY.text_encoder.width)).astype(np.float32)
+    safetensors.write("sks.safetensors", {"emb_params": vectors}, {})
+    safetensors.write("two.safetensors", {"<two>": 2 * vectors}, {})
     Image.new("RGB", (20, 20), "red").save("red.png")
     return tiny_file
 
 
-def generate(model, *options):
+def generate(model, *options, prompt="a"):
     code = cli.main(
-        ["generate", "a", "--model", str(model), "--steps", "2", "--seed", "0", "--height", "16", "--width", "16",
+        ["generate", prompt, "--model", str(model), "--steps", "2", "--seed", "0", "--height", "16", "--width", "16",
          "--sampler", "ddim", "-o", "out.png", *options]
     )  # fmt: skip
     assert code == 0
@@ -52,6 +55,11 @@ def test_each_changes_the_picture(files):
     vae, recipe = generate(files, "--vae", "vae.safetensors")
     assert recipe["model"] == "tiny.safetensors + vae.safetensors"
     assert np.abs(vae - plain).max() > 1
+    plain_word, _ = generate(files, prompt="a sks")
+    words = ["--embedding", "sks.safetensors", "--embedding", "two.safetensors"]
+    word, recipe = generate(files, *words, prompt="a sks")
+    assert recipe["model"] == "tiny.safetensors + sks + <two>"
+    assert np.abs(word - plain_word).max() > 1
     net = ["--controlnet", "canny.safetensors", "--control-image", "red.png"]
     control, recipe = generate(files, *net, *net, "--control-scale", "0.7", "--control-scale", "0.4")
     assert {name: one["scale"] for name, one in recipe["controls"].items()} == {"canny": 0.7, "canny 2": 0.4}
@@ -62,6 +70,9 @@ def test_each_changes_the_picture(files):
     ("options", "message"),
     [
         (["--lora", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--embedding", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--embedding", "lora.safetensors"], "no textual inversion"),
+        (["--embedding", "sks.safetensors", "--embedding", "sks.safetensors"], "the model has 'sks' already"),
         (["--vae", "lora.safetensors"], "none of what this model could have"),
         (["--controlnet", "canny.safetensors"], "there are 1, 0 --control-image"),
         (["--controlnet", "lora.safetensors", "--control-image", "red.png"], "no ControlNet"),

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,26 +35,32 @@ from sdjax.checkpoints import (
     weights,
 )
 from sdjax.checkpoints import prediction as predictions
+from sdjax.checkpoints.arrays import contiguous, is_finite
 from sdjax.checkpoints.contents import Contents
-from sdjax.checkpoints.errors import CheckpointError
+from sdjax.checkpoints.errors import CheckpointError, shorten
 from sdjax.checkpoints.names import Kind, Source
-from sdjax.checkpoints.native import flatten, save
+from sdjax.checkpoints.native import flatten, save, unflatten
+from sdjax.checkpoints.weights import View
 from sdjax.models.config import Config
 
 __all__ = [
     "CheckpointError",
+    "contiguous",
     "controlnet",
     "convert",
     "describe",
     "export",
     "flatten",
     "hub",
+    "is_finite",
     "load",
     "lora",
     "parts",
     "save",
+    "shorten",
     "textual_inversion",
     "tiny_decoder",
+    "unflatten",
 ]
 
 Path_ = str | os.PathLike[str]
@@ -92,8 +99,10 @@ def load(
       CheckpointError: the path is missing, or no such model (it says what it is); tensors are missing, unexpected or
         of a wrong shape (all are listed), or hold NaN or infinity; `ema=True` where there are no averages.
     """
-    config, params, _ = _load(Path(path), shapes, ema, prediction, variant)
-    return config, params
+    read = _read(Path(path), shapes, ema, prediction, variant)
+    # What we wrote ourselves was looked through then. It is mapped, and not a page of it read before it is used.
+    arrays = read.arrays if read.is_sealed else weights.finite(path, read.views)
+    return read.config, native.unflatten(arrays)
 
 
 def convert(
@@ -124,20 +133,22 @@ def convert(
     Raises:
       ValueError: the dtype or the layout is another.
       FileExistsError: the folder is there.
-      CheckpointError: as `load`.
+      CheckpointError: as `load`; or the rounded weights hold infinity.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
     if layout not in ("native", *LAYOUTS):
         raise ValueError(f"layout: expected native, {' or '.join(LAYOUTS)}, got {layout!r}")
     source = Path(source)
-    config, params, chosen = _load(source, shapes, ema, prediction)
-    metadata = {"source": source.absolute().name, **chosen}
+    shapes = functools.cache(shapes)  # tracing takes seconds
+    read = _read(source, shapes, ema, prediction, None)
+    config, params = read.config, native.unflatten(read.arrays)
+    metadata = {"source": source.absolute().name, **read.chosen}
     if hash_source and source.is_file():
         with source.open("rb") as file:
             metadata["source_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     if layout == "native":
-        save(target, params, config, dtype, metadata)
+        save(target, params, config, dtype, metadata, shapes(config))
     elif layout == "ldm":
         metadata |= {
             "format": "pt",
@@ -196,31 +207,49 @@ def describe(path: Path_) -> dict[str, Any]:
     }
 
 
-def _load(
-    path: Path, shapes: Shapes, ema: bool | None, prediction: str | None, variant: str | None = None
-) -> tuple[Config, Params, dict[str, str]]:
-    """What `load` returns, and which of two sets of weights was taken, as metadata."""
+class _Read(NamedTuple):
+    """A model as it lies in a file or folder.
+
+    Attributes:
+      config: its configuration.
+      views: its tensors under our dotted names.
+      chosen: which of two sets of weights was taken, as metadata.
+      is_sealed: whether it is a native file that was found sound when it was written.
+    """
+
+    config: Config
+    views: dict[str, View]
+    chosen: dict[str, str]
+    is_sealed: bool = False
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {target: view.array for target, view in self.views.items()}
+
+
+def _read(path: Path, shapes: Shapes, ema: bool | None, prediction: str | None, variant: str | None) -> _Read:
     opened = contents.read(path, variant)
     config = _config(path, opened, prediction)
-    targets = native.flatten(shapes(config))
     averages = opened.format not in (contents.FOLDER, contents.FLAX) and identity.has_averages(opened.tensors)
     if ema and not averages:
         raise CheckpointError(
             f"{path}: it has one set of weights, so there are no averaged ones to choose; leave ema out"
         )
+    if opened.is_native and native.is_sealed(opened.metadata, opened.tensors):
+        return _Read(config, {name: View(x, name) for name, x in opened.tensors.items()}, {}, is_sealed=True)
+    targets = native.flatten(shapes(config))
     if opened.is_native:
         same = {target: Source(target, Kind.SAME) for target in targets}
-        found = weights.assemble(path, opened.tensors, same, targets, spelling=str)
-        return config, native.unflatten(found), {}
+        return _Read(config, weights.match(path, opened.tensors, same, targets, spelling=str), {})
     tables = {contents.FOLDER: names.folder, contents.FLAX: names.flax}
     sources = tables.get(opened.format, names.ldm)(config, targets)
     if not averages:
         spelling = str if opened.format == contents.FLAX else names.spelling
-        return config, native.unflatten(weights.assemble(path, opened.tensors, sources, targets, (), spelling)), {}
+        return _Read(config, weights.match(path, opened.tensors, sources, targets, (), spelling), {})
     averaged = names.averaged(sources)
     both = {source.name for source in (*sources.values(), *averaged.values())}
-    found = weights.assemble(path, opened.tensors, sources if ema is False else averaged, targets, both)
-    return config, native.unflatten(found), {"weights": "last" if ema is False else "averaged"}
+    found = weights.match(path, opened.tensors, sources if ema is False else averaged, targets, both)
+    return _Read(config, found, {"weights": "last" if ema is False else "averaged"})
 
 
 def _config(path: Path, opened: Contents, prediction: str | None = None) -> Config:

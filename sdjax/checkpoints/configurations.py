@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdjax.checkpoints import schedulers
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.models.config import Config, TextEncoderConfig
 
@@ -68,15 +69,10 @@ VAE_FIXED = {
     "use_post_quant_conv": True,
     "use_quant_conv": True,
 }
-SCHEDULER_FIXED = {"trained_betas": None}
 ACTIVATIONS = ("quick_gelu", "gelu")
 # What texts are filled up with: the end token, or as OpenCLIP does, the token 0.
 PADDINGS = {"<|endoftext|>": TextEncoderConfig.padding_id, "!": 0}
 UNET_LEVELS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-BETA_SCHEDULES = {
-    "scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "squared_cosine", "sigmoid": "sigmoid",
-}  # fmt: skip
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -111,21 +107,13 @@ def read_folder(folder: Path) -> Config:
     _refuse_others(vae_path, vae, VAE_FIXED)
     schedule_path = folder / "scheduler" / "scheduler_config.json"
     schedule = read_json(schedule_path)
-    _refuse_others(schedule_path, schedule, SCHEDULER_FIXED)
     try:
         config = Config.from_dict(
             {
                 "text_encoder": {**_text_encoder(text), "padding_id": _padding(folder / "tokenizer", text)},
                 "unet": _unet(unet_path, unet),
                 "vae": _vae(vae_path, vae),
-                # diffusers' own defaults, where a scheduler's file leaves them out.
-                "num_train_timesteps": schedule.get("num_train_timesteps", 1000),
-                "beta_start": float(schedule.get("beta_start", 0.0001)),
-                "beta_end": float(schedule.get("beta_end", 0.02)),
-                "beta_schedule": BETA_SCHEDULES[schedule.get("beta_schedule", "linear")],
-                "zero_terminal_snr": schedule.get("rescale_betas_zero_snr", False),
-                "steps_offset": schedule.get("steps_offset", 0),
-                "prediction": PREDICTIONS[schedule.get("prediction_type", "epsilon")],
+                **schedulers.read(schedule_path, schedule),
             }
         )
     except CheckpointError:
@@ -300,10 +288,11 @@ def check(config: Config, path: str | os.PathLike[str]) -> None:
             "vae.channels": not any(width % vae.norm_groups for width in vae.channels),
             "vae.scaling_factor": 0 < vae.scaling_factor < math.inf,
             "beta_start, beta_end": 0 < config.beta_start <= config.beta_end < 1,
-            "beta_schedule": config.beta_schedule in BETA_SCHEDULES.values(),
+            "beta_schedule": config.beta_schedule in schedulers.BETA_SCHEDULES.values(),
             "zero_terminal_snr": not (config.zero_terminal_snr and config.prediction == "epsilon"),
             "steps_offset": 0 <= config.steps_offset <= config.num_train_timesteps,
-            "prediction": config.prediction in PREDICTIONS.values(),
+            "spacings": set(config.spacings) <= {*schedulers.TIMESTEP_SPACINGS, *schedulers.SIGMAS.values()},
+            "prediction": config.prediction in schedulers.PREDICTIONS.values(),
             "image_size": config.image_size % vae.factor == 0,
         }
         wrong = [name for name, right in rules.items() if not right]
@@ -314,7 +303,7 @@ def check(config: Config, path: str | os.PathLike[str]) -> None:
 def _parts(config: Config) -> list[tuple[str, Any]]:
     """Each part's name and fields, the configuration's own last; but those that may be 0."""
     parts = {"text_encoder.": config.text_encoder, "unet.": config.unet, "vae.": config.vae, "": config}
-    no_sizes = (*(part.removesuffix(".") for part in parts), "steps_offset", "padding_id")
+    no_sizes = (*(part.removesuffix(".") for part in parts), "steps_offset", "padding_id", "spacings")
     return [
         (part, [(name, value) for name, value in vars(fields).items() if name not in no_sizes])
         for part, fields in parts.items()

@@ -57,6 +57,8 @@ def read(path: Path, variant: str | None = None) -> Contents:
     """
     if sentence := no_checkpoint(path):
         raise CheckpointError(f"{path}: {sentence}")
+    if variant is not None and not path.is_dir():
+        raise CheckpointError(f"{path}: one file, which has no variants; leave variant={variant!r:.40} out")
     try:
         return _read_folder(path, variant) if path.is_dir() else _read_file(path)
     except OSError as error:
@@ -137,6 +139,8 @@ def _read_folder(path: Path, variant: str | None) -> Contents:
     if all((path / part / f"{FLAX_STEMS[part]}.msgpack").is_file() for part in PARTS) and not any(
         (path / part / name).is_file() for part in PARTS for name in candidates(part)
     ):
+        if variant is not None:
+            raise CheckpointError(f"{path}: Flax's folders have no variants; leave variant={variant!r:.40} out")
         for part in PARTS:
             file = path / part / f"{FLAX_STEMS[part]}.msgpack"
             tensors |= {f"{part}.{name}": array for name, array in msgpack.read(file).items()}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sdjax import tokenizer
-from sdjax.checkpoints import configurations, safetensors
+from sdjax.checkpoints import configurations, safetensors, schedulers
 from sdjax.checkpoints.contents import PARTS, STEMS
 from sdjax.models.config import Config
 
@@ -74,7 +74,7 @@ def _texts(config: Config) -> dict[str, str]:
         "text_encoder/config.json": _text_encoder(config),
         "unet/config.json": _unet(config),
         "vae/config.json": _vae(config),
-        "scheduler/scheduler_config.json": _scheduler(config),
+        "scheduler/scheduler_config.json": schedulers.write(config),
         "tokenizer/special_tokens_map.json": special,
         "tokenizer/tokenizer_config.json": {
             "tokenizer_class": "CLIPTokenizer",
@@ -141,21 +141,4 @@ def _vae(config: Config) -> dict[str, Any]:
         "norm_num_groups": sizes.norm_groups,
         "scaling_factor": sizes.scaling_factor,
         "sample_size": config.image_size,
-    }
-
-
-def _scheduler(config: Config) -> dict[str, Any]:
-    schedules = {ours: theirs for theirs, ours in configurations.BETA_SCHEDULES.items()}
-    predictions = {ours: theirs for theirs, ours in configurations.PREDICTIONS.items()}
-    return {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": config.num_train_timesteps,
-        "beta_start": config.beta_start,
-        "beta_end": config.beta_end,
-        "beta_schedule": schedules[config.beta_schedule],
-        "rescale_betas_zero_snr": config.zero_terminal_snr,
-        "prediction_type": predictions[config.prediction],
-        "steps_offset": config.steps_offset,
-        "set_alpha_to_one": False,
-        "clip_sample": False,
     }

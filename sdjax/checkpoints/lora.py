@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdjax.checkpoints import configurations, contents, names, weights
+from sdjax.checkpoints import configurations, contents, names
+from sdjax.checkpoints.arrays import FLOATS, is_finite
 from sdjax.checkpoints.contents import Contents
-from sdjax.checkpoints.errors import CheckpointError
+from sdjax.checkpoints.errors import CheckpointError, shorten
 from sdjax.models.config import Config
 
 # Brought to kohya's roles, which stand at a name's end.
@@ -98,7 +99,7 @@ def read(path: Path, config: Config, targets: Mapping[str, Any]) -> dict[str, Lo
         scale = alpha / rank if alpha is not None else scalings(module, rank)
         with np.errstate(over="ignore", invalid="ignore"):
             changes[target] = LowRank(change.down, change.up * np.float32(scale))
-        if not all(weights.is_finite(x) for x in changes[target]):
+        if not all(is_finite(x) for x in changes[target]):
             broken.append(module)
     _refuse(path, {"of a wrong shape": wrong, "with NaN or infinity": broken})
     return changes
@@ -113,7 +114,7 @@ def _modules(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, np.
         for pattern, replacement in SPELLINGS:
             spelt = re.sub(pattern, replacement, spelt)
         role = ROLE.fullmatch(spelt)
-        floats = tensor.dtype.name in weights.FLOATS
+        floats = tensor.dtype.name in FLOATS
         if role is None or not (
             floats if role["matrix"] else tensor.size == 1 and (floats or tensor.dtype.kind == "i")
         ):
@@ -203,7 +204,5 @@ def _scalings(path: Path, opened: Contents) -> Any:
 
 def _refuse(path: Path, problems: Mapping[str, list[str]]) -> None:
     if any(problems.values()):
-        lists = "; ".join(
-            f"{what} ({len(items)}): {weights.shorten(items)}" for what, items in problems.items() if items
-        )
+        lists = "; ".join(f"{what} ({len(items)}): {shorten(items)}" for what, items in problems.items() if items)
         raise CheckpointError(f"{path}: this LoRA is not one for the model, and none of it is taken: {lists}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -9,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints import configurations, safetensors
+from sdjax.checkpoints import configurations, safetensors, weights
 from sdjax.checkpoints.errors import CheckpointError
+from sdjax.checkpoints.names import Kind, Source
 from sdjax.models.config import Config
 
 FORMAT = "sdjax"
 VERSION = "1"
+SEAL = "checked"  # in the metadata
 
 
 def save(
@@ -23,6 +26,7 @@ def save(
     config: Config,
     dtype: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    targets: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a tree of arrays and its configuration, whole or not at all.
 
@@ -32,13 +36,31 @@ def save(
       config: of the model.
       dtype: to round the numbers to, "float32", "bfloat16", ...; None keeps theirs. It is done tensor by tensor.
       metadata: more strings to keep, such as where the numbers came from.
+      targets: the configuration's tree of what has the `shape` of each leaf. The tree is held against it once, here,
+        and not whenever the file is loaded.
 
     Raises:
-      ValueError: an array or a dtype that the format does not have.
+      ValueError: an array or a dtype that the format does not have; NaN or infinity; another tree than `targets`.
     """
     arrays = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
     texts = {"format": FORMAT, "version": VERSION, "config": json.dumps(config.to_dict()), **(metadata or {})}
+    if targets is not None:
+        leaves = flatten(targets)
+        weights.match(path, arrays, {name: Source(name, Kind.SAME) for name in leaves}, leaves, spelling=str)
+        dtypes = {name: array.dtype if dtype is None else np.dtype(dtype) for name, array in arrays.items()}
+        texts[SEAL] = _seal(texts, {name: (dtypes[name], array.shape) for name, array in arrays.items()})
     safetensors.write(path, arrays, texts, dtype)
+
+
+def is_sealed(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether the file has the tree that `save` held against its configuration, and wrote with finite numbers."""
+    return SEAL in metadata and metadata[SEAL] == _seal(metadata, {n: (x.dtype, x.shape) for n, x in tensors.items()})
+
+
+def _seal(metadata: Mapping[str, str], tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> str:
+    """What another configuration, or other names, dtypes or shapes, would have otherwise. It is no signature."""
+    lines = sorted(f"{name!r} {dtype} {shape}" for name, (dtype, shape) in tensors.items())
+    return hashlib.sha256("\n".join([metadata["version"], metadata["config"], *lines]).encode()).hexdigest()
 
 
 def is_native(metadata: Mapping[str, str]) -> bool:

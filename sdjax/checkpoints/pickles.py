@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 MAX_SIZE = 1 << 24  # bytes; a full SD 1.x training checkpoint has about 1 MB of pickle beside its numbers
+# An instruction is one byte and can make an object of some 70. That checkpoint has a tenth of this many.
+MAX_INSTRUCTIONS = 1 << 21
 
 
 class Global(NamedTuple):
@@ -87,8 +89,10 @@ def _run(program: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> A
         del stack[start:]
         return items
 
-    for opcode, argument, _ in program:
+    for count, (opcode, argument, _) in enumerate(program):
         name = opcode.name
+        if count == MAX_INSTRUCTIONS:
+            raise PickleError(f"more than {MAX_INSTRUCTIONS} instructions")
         if name in LITERALS:
             stack.append(argument)
         elif name in CONSTANTS:

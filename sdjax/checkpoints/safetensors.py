@@ -6,18 +6,21 @@ object name -> {dtype, shape, data_offsets} with an optional "__metadata__" of s
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
 
-from sdjax.checkpoints.errors import CheckpointError
+from sdjax.checkpoints.arrays import ALIGNMENT, FLOATS, contiguous, is_finite
+from sdjax.checkpoints.errors import CheckpointError, shorten
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -33,8 +36,10 @@ DTYPES = {
 }
 MAX_HEADER = 100_000_000  # bytes; the reference reader's limit
 MAX_RANK = 8
-# XLA's CPU backend uses an array where it lies, without a copy, when it begins at a multiple of this.
-ALIGNMENT = 64
+AHEAD = 2  # tensors; the largest has 150 MB
+
+T = TypeVar("T")
+S = TypeVar("S")
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -77,10 +82,11 @@ def write(
     """Writes a file that every reader of the format accepts, atomically: a temporary file, synced, then renamed.
 
     Arrays whose size is a multiple of 64 bytes come first and begin at multiples of 64 bytes of the file. `dtype`
-    rounds them as they are written, one at a time.
+    rounds them as they are written, a few at a time.
 
     Raises:
       ValueError: an array or a dtype that the format does not have.
+      CheckpointError: numbers that are not finite, or no longer are when they are rounded; no file is written.
     """
     dtypes = {name: array.dtype if dtype is None else np.dtype(dtype) for name, array in arrays.items()}
     codes = {known: code for code, known in DTYPES.items()}
@@ -104,9 +110,17 @@ def write(
         with os.fdopen(handle, "wb") as file:
             file.write(len(text).to_bytes(8, "little"))
             file.write(text)
-            for name in order:
-                array = np.ascontiguousarray(arrays[name], dtypes[name])
+            broken, overflown = set(), set()
+            laid = _ahead(lambda name: _laid(arrays[name], dtypes[name]), order)
+            for name, (array, finite) in zip(order, laid, strict=True):
+                if not finite:
+                    (overflown if is_finite(arrays[name]) else broken).add(name)
                 file.write(array.reshape(-1).view(np.uint8).data)
+            if broken or overflown:
+                raise CheckpointError(
+                    f"{path}: not written: NaN or infinity in {len(broken)} tensors ({shorten(broken)}), and numbers"
+                    f" too large for {dtype} in {len(overflown)} ({shorten(overflown)})"
+                )
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~umask())  # mkstemp's own is for secrets
@@ -114,6 +128,24 @@ def write(
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _laid(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, bool]:
+    """The array as a file has it, and whether its numbers are finite."""
+    laid = contiguous(array, dtype)
+    return laid, dtype.name not in FLOATS or is_finite(laid)
+
+
+def _ahead(function: Callable[[T], S], items: Iterable[T]) -> Iterator[S]:
+    """`map`, up to AHEAD items ahead of what is asked for, in a thread: NumPy lets others run beside it."""
+    with ThreadPoolExecutor(1) as pool:
+        results: collections.deque[Future[S]] = collections.deque()
+        for item in items:
+            results.append(pool.submit(function, item))
+            if len(results) > AHEAD:
+                yield results.popleft().result()
+        while results:
+            yield results.popleft().result()
 
 
 def umask() -> int:

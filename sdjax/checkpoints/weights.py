@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sdjax.checkpoints import names
-from sdjax.checkpoints.errors import CheckpointError
+from sdjax.checkpoints.arrays import FLOATS, is_finite
+from sdjax.checkpoints.errors import CheckpointError, shorten
 from sdjax.checkpoints.names import Source
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
-CHUNK = 1 << 18  # numbers at a time: they stay in the processor's cache
-SHOWN = 5  # names in a message before the rest is counted
+
+class View(NamedTuple):
+    """A tensor of ours, or a part of it, as it lies in a file."""
+
+    array: np.ndarray  # with our axes
+    name: str  # of the file's tensor
 
 
 def assemble(
@@ -25,7 +29,23 @@ def assemble(
     passed_over: Collection[str] = (),
     spelling: Callable[[str], str] = names.spelling,
 ) -> dict[str, np.ndarray]:
-    """Views of a file's tensors under our names and with our axes.
+    """`match`, and every number read once.
+
+    Raises:
+      CheckpointError: as `match`; or some tensors hold NaN or infinity, which are listed.
+    """
+    return finite(path, match(path, tensors, sources, targets, passed_over, spelling))
+
+
+def match(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    sources: Mapping[str, Source],
+    targets: Mapping[str, Any],
+    passed_over: Collection[str] = (),
+    spelling: Callable[[str], str] = names.spelling,
+) -> dict[str, View]:
+    """Views of a file's tensors under our names and with our axes, by the file's header alone.
 
     Args:
       path: for messages.
@@ -36,15 +56,15 @@ def assemble(
       spelling: brings a name of the file to the tables' spelling.
 
     Raises:
-      CheckpointError: tensors are missing, unexpected, of a wrong shape or dtype, all listed at once; or, where these
-        are right, some hold NaN or infinity.
+      CheckpointError: tensors are missing, unexpected, of a wrong shape or dtype, all listed at once.
     """
     spelt = {spelling(name): name for name in tensors}
     wanted = {source.name for source in sources.values()}
     missing = [name for name in wanted if name not in spelt]
     known = wanted.union(passed_over)
     unexpected = [name for tables, name in spelt.items() if tables not in known and not names.is_buffer(tables)]
-    shapes, dtypes, found = set(), set(), {}
+    shapes, dtypes = set(), set()
+    found: dict[str, View] = {}
     for target, source in sources.items():
         if source.name not in spelt:
             continue
@@ -56,7 +76,8 @@ def assemble(
             dtypes.add(f"{name} {tensor.dtype}")
         else:
             rows = len(tensor) // source.parts
-            found[target] = tensor[source.part * rows : (source.part + 1) * rows]
+            part = tensor[source.part * rows : (source.part + 1) * rows]
+            found[target] = View(source.kind.to_ours(part), name)
     problems = {
         "missing": missing,
         "unexpected": unexpected,
@@ -67,12 +88,21 @@ def assemble(
     if any(problems.values()):
         lists = "; ".join(f"{what} ({len(items)}): {shorten(items)}" for what, items in problems.items() if items)
         raise CheckpointError(f"{path}: its tensors are not those of the model: {lists}")
-    if nonfinite := {spelt[sources[target].name] for target, tensor in found.items() if not is_finite(tensor)}:
+    return found
+
+
+def finite(path: str | os.PathLike[str], views: Mapping[str, View]) -> dict[str, np.ndarray]:
+    """The arrays, all of whose numbers are finite.
+
+    Raises:
+      CheckpointError: some tensors hold NaN or infinity, which are listed.
+    """
+    if broken := {view.name for view in views.values() if not is_finite(view.array)}:
         raise CheckpointError(
-            f"{path}: NaN or infinity in {len(nonfinite)} of its tensors: {shorten(nonfinite)}; the file is damaged,"
+            f"{path}: NaN or infinity in {len(broken)} of its tensors: {shorten(broken)}; the file is damaged,"
             " or its training had failed"
         )
-    return {target: sources[target].kind.to_ours(tensor) for target, tensor in found.items()}
+    return {target: view.array for target, view in views.items()}
 
 
 def export(params: Mapping[str, Any], sources: Mapping[str, Source]) -> dict[str, np.ndarray]:
@@ -84,18 +114,3 @@ def export(params: Mapping[str, Any], sources: Mapping[str, Source]) -> dict[str
     for target, source in sorted(sources.items(), key=lambda item: item[1].part):
         theirs.setdefault(source.name, []).append(source.kind.to_theirs(np.asarray(params[target])))
     return {name: np.concatenate(parts) if len(parts) > 1 else parts[0] for name, parts in theirs.items()}
-
-
-def is_finite(x: np.ndarray) -> bool:
-    """Whether a floating-point array has neither NaN nor infinity; reads it once, in pieces."""
-    # Exponents of all ones are infinities and NaNs. As integers, because NumPy has no fast isfinite for 16 bits.
-    integer = np.dtype(f"u{x.itemsize}")
-    infinity = np.array(np.inf, x.dtype).view(integer)
-    flat = x.reshape(-1).view(integer)
-    return not any(((flat[start : start + CHUNK] & infinity) == infinity).any() for start in range(0, flat.size, CHUNK))
-
-
-def shorten(items: Collection[str]) -> str:
-    """Names for a message: the first few, and how many more there are."""
-    shown = ", ".join(f"{item:.160}" for item in sorted(items)[:SHOWN])
-    return f"{shown} and {len(items) - SHOWN} more" if len(items) > SHOWN else shown

@@ -66,6 +66,8 @@ class Config:
     beta_schedule: str = "scaled_linear"  # `Schedule.kind`
     zero_terminal_snr: bool = False
     steps_offset: int = 1
+    set_alpha_to_one: bool = False  # where the last step of DDIM and its like ends: `samplers.create`
+    spacings: tuple[str, ...] = ()  # of samplers' steps, the first that a sampler has; none: each sampler's own
     prediction: str = "epsilon"  # what the UNet was trained to return: "epsilon", "v" or "sample"
     image_size: int = 512  # pixels per side that the model was trained at
 

@@ -15,9 +15,9 @@ from sdjax.samplers.rows import (
     step,
 )
 from sdjax.samplers.run import Level, Output, Run
-from sdjax.samplers.sampler import Sampler, create
+from sdjax.samplers.sampler import Sampler, create, find
 
 __all__ = [
     "ALGORITHMS", "REGISTERS", "STACKED", "Algorithm", "Level", "Output", "Rows", "Run", "Sampler",
-    "bucket", "create", "initial_registers", "restore", "sample", "stack", "step",
+    "bucket", "create", "find", "initial_registers", "restore", "sample", "stack", "step",
 ]  # fmt: skip

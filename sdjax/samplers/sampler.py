@@ -155,7 +155,7 @@ def create(
     Raises:
       ValueError: an unknown name, spacing, prediction type or option (it lists those there are), a bad value.
     """
-    algorithm = name if isinstance(name, Algorithm) else _find(name)
+    algorithm = name if isinstance(name, Algorithm) else find(name)
     known = algorithm.options
     for option in options:
         if option not in known:
@@ -179,7 +179,8 @@ def create(
     return sampler
 
 
-def _find(name: str) -> Algorithm:
+def find(name: str) -> Algorithm:
+    """The algorithm of a name: ours, diffusers' or A1111's. Raises ValueError, with those there are, for another."""
     for algorithm in ALGORITHMS:
         if isinstance(name, str) and name.casefold() in [known.casefold() for known in algorithm.names]:
             return algorithm

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 
+import sdjax
 from sdjax import checkpoints
 from sdjax.checkpoints import CheckpointError, configurations, native, safetensors
 from sdjax.models.config import TINY
@@ -85,6 +86,62 @@ def test_the_schedule_of_a_folder(folder, shapes):
     assert config == dataclasses.replace(TINY, prediction="v", beta_schedule="squared_cosine", zero_terminal_snr=True)
 
 
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {}),
+        ({"steps_offset": 0, "clip_sample": True}, {}),  # its pipelines put these right
+        ({"timestep_spacing": "trailing"}, {"spacings": ("trailing",)}),
+        ({"timestep_spacing": "linspace", "use_karras_sigmas": True}, {"spacings": ("karras", "linspace")}),
+        ({"set_alpha_to_one": True}, {"set_alpha_to_one": True}),
+    ],
+)
+def test_what_a_folder_says_of_samplers(tmp_path, folder, shapes, fields, expected):
+    path, change = folder
+    change(SCHEDULER, **fields)
+    config = dataclasses.replace(TINY, **expected)
+    assert checkpoints.load(path, shapes)[0] == config
+    for layout, target in (("native", "a"), ("diffusers", "b")):  # and it is kept
+        checkpoints.convert(path, tmp_path / target, shapes, layout=layout)
+        assert checkpoints.load(tmp_path / target, shapes)[0] == config
+
+
+def test_ddim_ends_clean_where_its_file_does_not_say(folder, shapes):
+    path, _ = folder
+    fields = {name: x for name, x in CONFIGS[SCHEDULER].items() if name != "set_alpha_to_one"}
+    for kind, expected in (("DDIMScheduler", True), ("PNDMScheduler", False)):
+        (path / SCHEDULER).write_text(json.dumps(fields | {"_class_name": kind}))
+        assert checkpoints.load(path, shapes)[0].set_alpha_to_one is expected
+
+
+def test_samplers_are_set_up_as_the_folder_says(folder):
+    path, change = folder
+    change(SCHEDULER, timestep_spacing="trailing", use_karras_sigmas=True, set_alpha_to_one=True)
+    model = sdjax.load(path)
+    options = {name: model.sampler(name).spacing for name in ("ddim", "euler", "dpmpp_2m", "restart", "lcm")}
+    expected = {"ddim": "trailing", "euler": "karras", "dpmpp_2m": "karras", "restart": "karras", "lcm": "distilled"}
+    assert options == expected
+    assert model.sampler("euler", spacing="linspace").spacing == "linspace"
+    assert dict(model.sampler("ddim").options)["set_alpha_to_one"] is True
+    assert dict(model.sampler("ddim", set_alpha_to_one=False).options)["set_alpha_to_one"] is False
+
+
+def test_refinements_of_a_scheduler_are_counted(folder, shapes, caplog):
+    path, change = folder
+    change(SCHEDULER, interpolation_type="log_linear", sigma_min=0.1, final_sigmas_type="zero")
+    checkpoints.load(path, shapes)
+    assert "2 settings are passed over: interpolation_type is 'log_linear', sigma_min is 0.1" in caplog.text
+
+
+def test_what_has_no_variants(tmp_path, folder, params, shapes):
+    checkpoints.save(tmp_path / "a", params, TINY)
+    with pytest.raises(CheckpointError, match="one file, which has no variants; leave variant='fp16' out"):
+        checkpoints.load(tmp_path / "a", shapes, variant="fp16")
+
+
 @pytest.mark.parametrize(
     ("file", "fields", "message"),
     [
@@ -109,6 +166,10 @@ def test_the_schedule_of_a_folder(folder, shapes):
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "unknown, 'flow'"),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "says of zero_terminal_snr"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "quadratic"}, "unknown, 'quadratic'"),
+        (SCHEDULER, {"trained_betas": [0.1]}, r"trained_betas is \[0.1\]; the samplers"),
+        (SCHEDULER, {"thresholding": True}, "thresholding is True; the samplers"),
+        (SCHEDULER, {"timestep_spacing": "even"}, "timestep_spacing is 'even'; the samplers"),
+        (SCHEDULER, {"set_alpha_to_one": 1}, "set_alpha_to_one"),
         ("text_encoder/config.json", {"hidden_size": None}, "text_encoder.width"),
     ],
 )

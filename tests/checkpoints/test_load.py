@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import sdjax
 from sdjax import checkpoints
 from sdjax.checkpoints import CheckpointError, native, safetensors
 from sdjax.models.config import TINY
@@ -74,6 +75,78 @@ def test_native_files_with_names_inside_of_names(tmp_path, shapes):
     safetensors.write(tmp_path / "a", {"unet": np.zeros(1), "unet.conv_in": np.zeros(1)}, texts)
     with pytest.raises(CheckpointError, match="unexpected"):
         checkpoints.load(tmp_path / "a", shapes)
+
+
+def untraced(config):
+    raise AssertionError("a file that was checked as it was written is checked again")
+
+
+NAME = "unet.conv_out.bias"
+
+
+def test_what_was_checked_as_it_was_written_is_trusted(tmp_path, params, shapes):
+    path = tmp_path / "a"
+    checkpoints.save(path, params, TINY, targets=shapes(TINY))
+    config, found = checkpoints.load(path, untraced)
+    assert config == TINY
+    assert_equal(found, params)
+
+
+@pytest.mark.parametrize("change", ["another name", "another shape", "another dtype", "another configuration"])
+def test_what_was_changed_since_is_not(tmp_path, params, shapes, change):
+    path = tmp_path / "a"
+    checkpoints.save(path, params, TINY, targets=shapes(TINY))
+    arrays, metadata = safetensors.read(path)
+    arrays = dict(arrays)
+    if change == "another name":
+        arrays["unet.bias"] = arrays.pop(NAME)
+    elif change == "another shape":
+        arrays[NAME] = arrays[NAME][:3]
+    elif change == "another dtype":
+        arrays[NAME] = arrays[NAME].astype(np.int32)
+    else:
+        wider = dataclasses.replace(TINY, unet=dataclasses.replace(TINY.unet, blocks_per_level=3))
+        metadata["config"] = json.dumps(wider.to_dict())
+    safetensors.write(path, arrays, metadata)
+    with pytest.raises(CheckpointError, match="its tensors are not those of the model"):
+        checkpoints.load(path, shapes)
+
+
+def test_numbers_that_somebody_spoilt_are_found_in_the_end(tmp_path, params, shapes, unchecked):
+    path = tmp_path / "a"
+    checkpoints.save(path, params, TINY, targets=shapes(TINY))
+    arrays, metadata = safetensors.read(path)
+    safetensors.write(path, {**arrays, NAME: np.full_like(arrays[NAME], np.nan)}, metadata)
+    model = sdjax.load(path)
+    with pytest.raises(FloatingPointError, match="latents"):
+        sdjax.generate("a", model=model, num_inference_steps=1, height=16, width=16, sampler="ddim")
+
+
+def test_another_tree_than_the_configuration_has_is_not_saved(tmp_path, params, shapes):
+    tree = {**params, "unet": {**params["unet"], "more": np.zeros(1)}}
+    with pytest.raises(ValueError, match=r"unexpected \(1\): unet.more"):
+        checkpoints.save(tmp_path / "a", tree, TINY, targets=shapes(TINY))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path, params, number):
+    tree = {**params, "spoilt": np.array([0, number], np.float32)}
+    with pytest.raises(ValueError, match=r"not written: NaN or infinity in 1 tensors \(spoilt\)"):
+        checkpoints.save(tmp_path / "a", tree, TINY)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_too_large_for_the_dtype(tmp_path, params, shapes):
+    largest = np.finfo(np.float32).max  # beyond bfloat16's
+    unet = {**params["unet"], "conv_out": {**params["unet"]["conv_out"], "bias": np.full(4, largest)}}
+    checkpoints.save(tmp_path / "a", {**params, "unet": unet}, TINY)
+    with pytest.raises(CheckpointError, match=rf"too large for bfloat16 in 1 \({NAME}\)"):
+        checkpoints.convert(tmp_path / "a", tmp_path / "b", shapes, dtype="bfloat16")
+    with pytest.raises(CheckpointError, match=f"too large for bfloat16 in 1 tensors: {NAME}"):
+        sdjax.load(tmp_path / "a", dtype="bfloat16")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    sdjax.load(tmp_path / "a", dtype="float32")
 
 
 # Original files.
@@ -172,7 +245,7 @@ def test_long_lists_are_counted(tmp_path, original, shapes):
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_numbers_that_are_not_finite(tmp_path, original, shapes, number, dtype):
+def test_numbers_that_are_not_finite(tmp_path, original, shapes, unchecked, number, dtype):
     name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
     state = {name: x.astype(dtype) for name, x in original.items()}
     state[name][-1, -1, -1, -1] = number

@@ -201,7 +201,7 @@ CONVOLUTION = "lora_unet_down_blocks_0_resnets_0_conv1"
         ({"transformer.single_transformer_blocks.0.x.lora_A.weight": DOWN}, "FLUX"),
     ],
 )
-def test_refusals(read, tensors, message):
+def test_refusals(read, tensors, message, unchecked):
     with pytest.raises(CheckpointError, match=message):
         read({name: np.asarray(x) for name, x in tensors.items()})
 

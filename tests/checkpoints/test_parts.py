@@ -75,7 +75,7 @@ def test_folders(model, params, folder, part):
         model.with_part(path)
 
 
-def test_refusals(model, files, folder, tmp_path):
+def test_refusals(model, files, folder, tmp_path, unchecked):
     path, change = folder
     change("vae/config.json", _class_name="AutoencoderKL")
     with pytest.raises(ValueError, match="part: expected one of unet, vae, text_encoder"):

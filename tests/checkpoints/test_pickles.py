@@ -171,6 +171,11 @@ def test_size_is_limited():
         pickles.loads(b"N" * (pickles.MAX_SIZE + 1))
 
 
+def test_small_objects_in_great_number_are_limited():
+    with pytest.raises(PickleError, match="instructions"):
+        pickles.loads(b"}" * (pickles.MAX_INSTRUCTIONS + 1) + b".")
+
+
 def test_damaged_bytes():
     rng = random.Random(0)
     whole = pickle.dumps({"a": PLAIN[:7], "b": Reduced(eval, ("1",)), "c": collections.OrderedDict(a=(1, 2))}, 2)

@@ -18,7 +18,7 @@ from sdjax.models.controlnet import ControlNet
 from sdjax.models.unet import UNet
 
 from .test_checkpoints import NARROW
-from .test_models import TOLERANCE, enliven, relative_error, text_encoder, unet, vae, write_folder
+from .test_models import TOLERANCE, enliven, redraw, relative_error, text_encoder, unet, vae, write_folder
 
 HINT = (16, 32)  # the tiny autoencoder's factor is 2
 
@@ -39,15 +39,10 @@ def control_of(config, hint=HINT):
     )
 
 
-def live(config, seed):
+def live(config, seed, hint=HINT):
     """Zero convolutions of a fresh one would hide everything."""
-    model = enliven(control_of(config), seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "controlnet_down" in name or "controlnet_mid" in name or "embedding.conv_out" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
+    zeros = ["controlnet_down", "controlnet_mid", "embedding.conv_out"]
+    return redraw(enliven(control_of(config, hint), seed), zeros, 0.1, seed)
 
 
 @pytest.fixture(scope="module", params=[TINY, TINY_2], ids=["SD 1", "SD 2"])
@@ -68,26 +63,29 @@ def both(request, tmp_path_factory):
 
 def test_outputs(both):
     parts, model, _ = both
-    config = model.config
+    check(parts["controls"][0], parts["unet"], model.controls["a"].params, model.params["unet"], model.config, (13, 9))
+
+
+def check(control, unet, control_params, unet_params, config, size, hint_channels=HINT, batch=2):
+    """What the ControlNet puts out, and what the UNet makes of it."""
     rng = np.random.default_rng(0)
-    latents = rng.normal(size=(2, 13, 9, 4)).astype(np.float32)
-    context = rng.normal(size=(2, 77, 40)).astype(np.float32)
-    hint = rng.uniform(size=(2, 26, 18, 3)).astype(np.float32)
-    times = np.array([999, 3], np.float32)
+    factor = config.vae.factor
+    latents = rng.normal(size=(batch, *size, 4)).astype(np.float32)
+    context = rng.normal(size=(batch, 77, config.unet.context_width)).astype(np.float32)
+    hint = rng.uniform(size=(batch, factor * size[0], factor * size[1], 3)).astype(np.float32)
+    times = np.array([999, 3], np.float32)[:batch]
     with torch.no_grad():
         x, c, h = (torch.from_numpy(a) for a in (np.moveaxis(latents, -1, 1), context, np.moveaxis(hint, -1, 1)))
-        down, middle = parts["controls"][0](x, torch.from_numpy(times), c, h, return_dict=False)
-        expected = parts["unet"](
+        down, middle = control(x, torch.from_numpy(times), c, h, return_dict=False)
+        expected = unet(
             x, torch.from_numpy(times), c, down_block_additional_residuals=down, mid_block_additional_residual=middle
         ).sample
-    net = ControlNet(config.unet, HINT)
-    added, mid = jax.jit(net.apply)({"params": model.controls["a"].params}, latents, times, context, hint)
+    net = ControlNet(config.unet, hint_channels)
+    added, mid = jax.jit(net.apply)({"params": control_params}, latents, times, context, hint)
     assert len(added) == len(down)
     for ours, theirs in zip([*added, mid], [*down, middle], strict=True):
         assert relative_error(ours, np.moveaxis(theirs.numpy(), 1, -1)) < TOLERANCE
-    output = jax.jit(UNet(config.unet).apply)(
-        {"params": model.params["unet"]}, latents, times, context, None, (added, mid)
-    )
+    output = jax.jit(UNet(config.unet).apply)({"params": unet_params}, latents, times, context, None, (added, mid))
     assert relative_error(output, np.moveaxis(expected.numpy(), 1, -1)) < TOLERANCE
 
 
@@ -214,7 +212,8 @@ def test_over_a_mesh(both):
     )
 
 
-def test_refusals(both, tmp_path):
+def test_refusals(both, tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors, "is_finite", lambda _: True)  # to write what is refused
     parts, model, folder = both
     white = np.full((16, 16, 3), 255, np.uint8)
     for controls, message in (
@@ -256,3 +255,17 @@ def test_full_size_names():
     assert len(table) == len(leaves) == 340
     assert {"control_model.input_hint_block.14.weight", "control_model.zero_convs.11.0.bias"} <= table
     assert sum(np.prod(x.shape) for x in leaves.values()) == 361_279_120
+
+
+@pytest.mark.full_size
+def test_full_size(tmp_path):
+    """A control_v11p_sd15_*.pth as it is published, read and followed."""
+    hint = (16, 32, 96, 256)
+    control, theirs = live(SD1, 7, hint), enliven(unet(SD1), 0)
+    state = {name: torch.from_numpy(np.array(x)) for name, x in original(control, SD1, hint).items()}
+    torch.save(state, tmp_path / "control.pth")
+    found = controlnet.read(tmp_path / "control.pth", SD1, pipeline.control_shapes)
+    leaves = native.flatten({"unet": pipeline.shapes(SD1)["unet"]})
+    tensors = {f"unet.{name}": x.numpy() for name, x in theirs.state_dict().items()}
+    params = native.unflatten(weights.assemble(tmp_path, tensors, names.folder(SD1, leaves), leaves))["unet"]
+    check(control, theirs, found, params, SD1, (64, 64), hint, batch=1)

@@ -14,7 +14,7 @@ import sdjax
 from sdjax.checkpoints import safetensors
 from sdjax.models.config import TINY, TINY_2
 
-from .test_models import TOLERANCE, enliven, relative_error, text_encoder, unet, vae, write_folder
+from .test_models import TOLERANCE, enliven, redraw, relative_error, text_encoder, unet, vae, write_folder
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "proj_in", "proj_out"]
 CONVOLUTIONS = ["conv1", "conv_shortcut", "conv_in", "downsamplers.0.conv", "time_emb_proj"]
@@ -26,12 +26,7 @@ def adapted(model, modules, seed):
     """The model with a random adapter; alpha / r is not 1 and differs from module to module."""
     ranks = {name: rank for name, rank in RANKS.items() if name in modules}
     model.add_adapter(peft.LoraConfig(r=3, lora_alpha=6, rank_pattern=ranks, target_modules=modules))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return redraw(model, ["lora_"], 0.3, seed)
 
 
 @pytest.fixture(scope="module", params=[TINY, TINY_2], ids=["SD 1", "SD 2"])

@@ -16,7 +16,7 @@ import transformers
 
 from sdjax import checkpoints, pipeline
 from sdjax.checkpoints import names, native, weights
-from sdjax.models.config import SD1, SD1_INPAINTING, SD2_V, TINY, TINY_2
+from sdjax.models.config import SD1, SD1_EDITING, SD1_INPAINTING, SD2_V, TINY, TINY_2
 from sdjax.models.perturbed import identity_attention
 from sdjax.models.text_encoder import TextEncoder
 from sdjax.models.unet import UNet
@@ -38,6 +38,16 @@ def enliven(model, seed):
             scale = 0.2 if parameter.ndim == 1 else 0.2 * parameter.std()
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def redraw(model, wanted, scale, seed):
+    """Parameters whose names have one of these in them drawn anew: they are zero at the start, and would hide much."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in wanted):
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def text_encoder(config):
@@ -93,6 +103,11 @@ def write_folder(path, config, parts, **options):
         steps_offset=1,
         prediction_type={"v": "v_prediction", "epsilon": "epsilon"}[config.prediction],
     ).save_pretrained(path / "scheduler")
+    # Published folders do not say it, and samplers of another kind then keep their own.
+    file = path / "scheduler" / "scheduler_config.json"
+    fields = json.loads(file.read_text())
+    del fields["timestep_spacing"]
+    file.write_text(json.dumps(fields))
     (path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
 
 
@@ -286,7 +301,13 @@ def write_original(path, config, parts):
 
 @pytest.mark.full_size
 @pytest.mark.parametrize(
-    ("config", "sizes"), [(SD1, [(64, 64), (65, 49)]), (SD1_INPAINTING, [(64, 64)]), (SD2_V, [(64, 64)])]
+    ("config", "sizes"),
+    [
+        (SD1, [(64, 64), (65, 49)]),
+        (SD1_INPAINTING, [(64, 64)]),
+        (SD1_EDITING, [(64, 64)]),
+        (SD2_V, [(64, 64)]),
+    ],
 )
 def test_full_size(tmp_path, config, sizes):
     parts = {"text_encoder": text_encoder(config), "unet": unet(config), "vae": vae(config)}
