@@ -2,7 +2,7 @@
 
     python benchmarks/whole.py picture FILE DTYPE           a worker: see `picture`
     python benchmarks/whole.py memory FILE DTYPE SIZE       the peak of a picture of SIZE x SIZE, one step, decoded
-    python benchmarks/whole.py compile FILE DTYPE           of the whole program of a picture of 512 x 512
+    python benchmarks/whole.py compile FILE DTYPE SIZE      of the whole program of such a picture
     python benchmarks/whole.py dispatch FILE DTYPE          from nothing to the first step's being under way
 
 What is compiled is kept in SDJAX_CACHE, as always.
@@ -78,7 +78,7 @@ def memory(file: Path, dtype: str, size: str) -> None:
     answer({"all": peaks["VmRSS"], "own": peaks["RssAnon"], "file": peaks["RssFile"]})
 
 
-def compile(file: Path, dtype: str) -> None:
+def compile(file: Path, dtype: str, size: str) -> None:
     """Seconds of tracing, lowering and XLA in the first picture of a process."""
     import jax
 
@@ -93,7 +93,7 @@ def compile(file: Path, dtype: str) -> None:
 
     model = sdjax.load(file, dtype=dtype)
     jax.monitoring.register_event_duration_secs_listener(listen)
-    generate(model, num_inference_steps=1, output_type="np")
+    generate(model, int(size), num_inference_steps=1, output_type="np")
     answer({"seconds": sum(spent.values()), **spent})
 
 
