@@ -270,7 +270,7 @@ class Benchmark:
         self.keep("start import", {"python": spread(empty), "with sdjax": spread(whole), "seconds": gain})
         with tempfile.TemporaryDirectory() as place:
             command = "import sys; from sdjax.cli import main; sys.exit(main(sys.argv[1:]))"
-            words = ("-c", command, "generate", "a red fox", "--seed", "1", "-o", f"{place}/fox.png", "--overwrite")
+            words = ("-c", command, "generate", "a red fox", "--seed", "1", "-o", f"{place}/fox.png")
             self.keep("start command line", {"seconds": spread(clock(*words))})
 
     def run(self) -> None:
@@ -287,7 +287,10 @@ class Benchmark:
                 except RuntimeError as error:  # a process that ended; the others go on
                     self.keep(f"{part} {dtype}", {"failed": str(error)})
         if "start" in parts:
-            self.start_small()
+            try:
+                self.start_small()
+            except subprocess.CalledProcessError as error:
+                self.keep("start", {"failed": error.stderr.decode()[-600:]})
 
 
 def table(report: dict[str, Any]) -> str:

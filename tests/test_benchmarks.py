@@ -1,6 +1,7 @@
 """The benchmarks run: what is to meet a GPU once and for minutes must work the first time."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,8 @@ def python(script, *words, **options):
 def test_gpu_at_a_small_size(tmp_path):
     """Every section; on a CPU only cuDNN's attention has reason to fail."""
     output = tmp_path / "gpu.json"
-    printed = json.loads(python("gpu.py", "--tiny", "--budget", "300", "--output", output))
+    quick = {**os.environ, "XLA_FLAGS": "--xla_llvm_disable_expensive_passes --xla_backend_optimization_level=0"}
+    printed = json.loads(python("gpu.py", "--tiny", "--budget", "3000", "--output", output, env=quick))
     assert printed == json.loads(output.read_text(encoding="utf-8"))
     assert list(printed) == [
         "machine", "parity", "end_to_end", "warm", "attention", "torch", "batches", "training", "loops",
