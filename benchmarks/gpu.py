@@ -277,7 +277,7 @@ class Benchmark:
         kinds: dict[str, Callable[..., jax.Array]] = {
             "cudnn": lambda q, k, v: attention_ops.with_cudnn(q, k, v, None, causal=False),
             "xla": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="xla"),
-            "blocks": lambda q, k, v: attention_ops.in_blocks(q, k, v, None, causal=False),
+            "blocks": lambda q, k, v: attention_ops.plain(q, k, v, None, causal=False),
         }
         shapes = {}
         for i, (width, heads) in enumerate(zip(config.unet.channels, config.unet.num_heads, strict=True)):

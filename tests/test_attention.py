@@ -58,7 +58,7 @@ def test_on_this_machine_it_is_blocks():
     assert ops.cuda_capability() is None
     text = lowered(ops.attention, arguments := arrays(4096, 77, 8, 40, jnp.bfloat16), "cpu")
     assert CALL not in text
-    assert text == lowered(lambda *a: ops.in_blocks(*a, causal=False), arguments, "cpu")
+    assert text == lowered(lambda *a: ops.plain(*a, causal=False), arguments, "cpu")
 
 
 @pytest.mark.parametrize("capability", [AMPERE, ADA, HOPPER, BLACKWELL])

@@ -1,6 +1,6 @@
-"""Scaled dot-product attention: cuDNN's kernel where it will have it, else blocks of queries.
+"""Scaled dot-product attention, by cuDNN where it will have it, else in blocks of queries.
 
-Neither ever holds the scores whole.
+Neither holds all scores at once.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def attention(
     """
     capability = cuda_capability()
     if capability is None or not cudnn_takes(q.shape, k.shape, q.dtype, key_mask is not None, capability):
-        return in_blocks(q, k, v, key_mask, causal)
+        return plain(q, k, v, key_mask, causal)
     try:
         # The machine has such a GPU, but the program may be for its CPU: that is known when it is lowered. This alone
         # would not do, because JAX asks for cuDNN while both are traced, and raises where there is none.
         return lax.platform_dependent(
-            cuda=lambda: with_cudnn(q, k, v, key_mask, causal), default=lambda: in_blocks(q, k, v, key_mask, causal)
+            cuda=lambda: with_cudnn(q, k, v, key_mask, causal), default=lambda: plain(q, k, v, key_mask, causal)
         )
     except (NotImplementedError, RuntimeError) as error:  # JAX's answers to a cuDNN that is missing or too old
         logger.warning("attention without cuDNN: %s", error)
-        return in_blocks(q, k, v, key_mask, causal)
+        return plain(q, k, v, key_mask, causal)
 
 
 def cuda_capability() -> tuple[int, int] | None:
@@ -93,13 +93,13 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | N
     # JAX refuses the gradient at odd lengths, and a prompt has 77 tokens: it is the blocks' there.
     either = jax.custom_vjp(fused)
     either.defvjp(
-        lambda q, k, v: jax.vjp(lambda q, k, v: in_blocks(q, k, v, None, causal), q, k, v),
+        lambda q, k, v: jax.vjp(lambda q, k, v: plain(q, k, v, None, causal), q, k, v),
         lambda pull_back, gradient: pull_back(gradient),
     )
     return either(q, k, v)
 
 
-def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, causal: bool) -> jax.Array:
+def plain(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, causal: bool) -> jax.Array:
     """`attention` in plain JAX, a block of queries at a time where they are many."""
     length = q.shape[1]
     mask = None if key_mask is None else key_mask[:, None, None, :]
