@@ -247,7 +247,8 @@ class Benchmark:
     def start(self, dtype: str) -> None:
         file, rounds = self.file(dtype), self.arguments.rounds
         with tempfile.TemporaryDirectory(dir=self.folder) as cache:
-            self.keep(f"start compile {dtype}", self.alone("compile", file, dtype, "512", cache=Path(cache)))
+            spent = self.alone("compile", file, dtype, "512", cache=Path(cache))
+            self.keep(f"start compile {dtype}", {name: round(value, 2) for name, value in spent.items()})
         self.alone("dispatch", file, dtype)  # fills the cache
         runs = [self.alone("dispatch", file, dtype) for _ in range(rounds)]
         record = {name: spread([run[name] for run in runs]) for name in runs[0]}
@@ -295,7 +296,12 @@ class Benchmark:
 
 def table(report: dict[str, Any]) -> str:
     """The comparisons in Markdown, for the README."""
-    found = report["found"]
+    places = {name: i for i, name in enumerate((*PARTS, *DTYPES, *PEERS))}
+
+    def place(item: tuple[str, Any]) -> list[int]:
+        return [places.get(word, len(places)) for word in item[0].split(" ", 2)]
+
+    found = dict(sorted(report["found"].items(), key=place))
     lines = [
         f"{report['cpu']}, {report['threads']} threads. Seconds: median (least to most).",
         "",
