@@ -12,19 +12,21 @@ from sdjax.ops import winograd
 Params = Any
 
 # Where one of a kernel's two numbers of channels is below this, the transforms of the map cost more than they save.
-FEWEST_CHANNELS = 32
+FEWEST_CHANNELS = 128
+# A model without any kernel of so many channels is small: it would save seconds of computing, and take tens of seconds
+# more to compile.
+WIDE = 512
 # Kernels with more channels on both sides than this lie where the maps are small, and are most of the memory: four
 # times theirs would be too much, and gain little.
 MOST_CHANNELS_OF_LARGE_TILES = 640
-
 
 Known = dict[int, tuple[Any, list[jax.Array]]]
 
 
 def prepare(params: Params, dtype: str, known: Known) -> Params:
-    """The same tree, where every 3x3 kernel of a residual block or an upsampler is as `sdjax.ops.winograd` takes it.
+    """The same tree; in a large model every 3x3 kernel of residual blocks and upsamplers as `sdjax.ops.winograd` takes it.
 
-    It is then called "winograd" in place of "kernel", a list of arrays: XLA would copy each slice of one array. Nothing
+    Such a one is called "winograd" in place of "kernel", a list of arrays: XLA would copy each slice of one array. Nothing
     else is copied.
 
     Args:
@@ -50,7 +52,8 @@ def prepare(params: Params, dtype: str, known: Known) -> Params:
                 return {**rest, "winograd": kept(kernel, _plain, _tile(kernel, dtype), dtype)}
         return {key: visit(child, name, key) for key, child in node.items()}
 
-    return visit(params, "", "")
+    widest = max((min(x.shape[2:]) for x in jax.tree.leaves(params) if x.ndim == 4), default=0)
+    return visit(params, "", "") if widest >= WIDE else params
 
 
 def _tile(kernel: jax.Array, dtype: str) -> int:

@@ -1,7 +1,12 @@
-"""Scaled dot-product attention; where there are many queries, one head and one block of them at a time."""
+"""Scaled dot-product attention, by cuDNN where it will have it, else in blocks of queries.
+
+Neither holds all scores at once.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 
 import jax
@@ -12,6 +17,9 @@ from jax import lax
 SCORES = 2**21
 # Fewer queries than this are cheaper at once.
 QUERIES = 1024
+HOPPER = (9, 0)
+
+logger = logging.getLogger(__name__)
 
 
 def attention(
@@ -28,6 +36,74 @@ def attention(
     Returns:
       (B, T, N, D), of q's dtype.
     """
+    capability = cuda_capability()
+    if capability is None or not cudnn_takes(q.shape, k.shape, q.dtype, key_mask is not None, capability):
+        return plain(q, k, v, key_mask, causal)
+    try:
+        # The machine has such a GPU, but the program may be for its CPU: that is known when it is lowered. This alone
+        # would not do, because JAX asks for cuDNN while both are traced, and raises where there is none.
+        return lax.platform_dependent(
+            cuda=lambda: with_cudnn(q, k, v, key_mask, causal), default=lambda: plain(q, k, v, key_mask, causal)
+        )
+    except (NotImplementedError, RuntimeError) as error:  # JAX's answers to a cuDNN that is missing or too old
+        logger.warning("attention without cuDNN: %s", error)
+        return plain(q, k, v, key_mask, causal)
+
+
+def cuda_capability() -> tuple[int, int] | None:
+    """The compute capability of the GPUs that programs here are for, (9, 0) for an H100; None without CUDA."""
+    if jax.default_backend() != "gpu":
+        return None
+    device = jax.devices()[0]
+    if "cuda" not in device.client.platform_version:
+        return None  # AMD's are called "gpu" too
+    major, minor = device.compute_capability.split(".")
+    return int(major), int(minor)
+
+
+def cudnn_takes(
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    dtype: jax.typing.DTypeLike,
+    masked: bool,
+    capability: tuple[int, int],
+) -> bool:
+    """Whether cuDNN's attention is for these shapes on such a GPU, the gradient included.
+
+    The rules are those of jax/_src/cudnn/fused_attention_stablehlo.py, which raises where they are broken.
+    """
+    length, keys, size = q_shape[1], k_shape[1], q_shape[3]
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return False
+    # A mask becomes a bias, of which it has the gradient only at even lengths.
+    if masked and (length % 2 or keys % 2):
+        return False
+    return size % 8 == 0 and size <= (256 if capability >= HOPPER else 128)
+
+
+def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, causal: bool) -> jax.Array:
+    """`attention` by cuDNN's flash attention (Dao 2023)."""
+    mask = None
+    if key_mask is not None:
+        shape = (q.shape[0], 1, q.shape[1], k.shape[1])  # it wants a bias for every query, but not for every head
+        mask = jnp.broadcast_to(key_mask[:, None, None, :], shape)
+
+    def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+
+    if q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0:
+        return fused(q, k, v)
+    # JAX refuses the gradient at odd lengths, and a prompt has 77 tokens: it is the blocks' there.
+    either = jax.custom_vjp(fused)
+    either.defvjp(
+        lambda q, k, v: jax.vjp(lambda q, k, v: plain(q, k, v, None, causal), q, k, v),
+        lambda pull_back, gradient: pull_back(gradient),
+    )
+    return either(q, k, v)
+
+
+def plain(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, causal: bool) -> jax.Array:
+    """`attention` in plain JAX, in blocks where there are many queries."""
     length, keys = q.shape[1], k.shape[1]
     if causal or length < QUERIES:
         mask = None if key_mask is None else key_mask[:, None, None, :]
@@ -47,7 +123,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) ->
 
 
 def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, size: int) -> jax.Array:
-    """The same, one head of one picture and `size` queries at a time, so that the scores never exist whole."""
+    """`size` queries at a time, so that the scores never exist whole, and on a CPU one head of one picture."""
     batch, length, heads, width = q.shape
     # The last block overlaps rather than being ragged.
     starts = jnp.array([min(i, length - size) for i in range(0, length, size)])
@@ -76,5 +152,7 @@ def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | N
         whole = blocks[:-1].reshape(-1, width)
         return jnp.concatenate([whole, blocks[-1, len(whole) - length :]])
 
-    out = lax.map(head, (by_head(q), by_head(k), by_head(v), jnp.repeat(bias, heads, 0)))
+    # Of one head they stay in a CPU's cache, five times faster; a GPU or TPU would idle.
+    each = functools.partial(lax.map, head) if jax.default_backend() == "cpu" else jax.vmap(head)
+    out = each((by_head(q), by_head(k), by_head(v), jnp.repeat(bias, heads, 0)))
     return jnp.swapaxes(out.reshape(batch, heads, length, width), 1, 2)
