@@ -70,7 +70,7 @@ class Conv(nn.Module):
         x, changes, dtype = x.astype(self.dtype), changes_of(self), self.dtype
         taken = x if self.doubled is None else repeated(x, self.doubled)
         if self.has_variable("params", "winograd"):  # `sdjax.models.prepared` put it there, in place of the kernel
-            prepared = self.get_variable("params", "winograd")
+            prepared: list[jax.Array] = self.get_variable("params", "winograd")
             if self.doubled is None:
                 out = winograd.convolution(x, prepared)
             else:

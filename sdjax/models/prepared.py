@@ -24,10 +24,10 @@ Known = dict[int, tuple[Any, list[jax.Array]]]
 
 
 def prepare(params: Params, dtype: str, known: Known) -> Params:
-    """The same tree; in a large model every 3x3 kernel of residual blocks and upsamplers as `sdjax.ops.winograd` takes it.
+    """The same tree; in a large model, 3x3 kernels of residual blocks and upsamplers as `sdjax.ops.winograd` has them.
 
-    Such a one is called "winograd" in place of "kernel", a list of arrays: XLA would copy each slice of one array. Nothing
-    else is copied.
+    Such a one is called "winograd" in place of "kernel", a list of arrays: XLA would copy each slice of one array.
+    Nothing else is copied.
 
     Args:
       params: nested dicts of arrays, in any dtype.

@@ -141,7 +141,7 @@ def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | N
         def block(start: jax.Array) -> jax.Array:
             queries = lax.dynamic_slice_in_dim(q, start, size)
             scores = lax.dot_general(queries, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            scores = scores / math.sqrt(width) + bias
+            scores = scores / math.sqrt(width) + bias[None]
             weights = jnp.exp(scores - scores.max(-1, keepdims=True)).astype(v.dtype)
             out = lax.dot_general(weights, v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
             return (out[:, :width] / out[:, width:]).astype(q.dtype)

@@ -151,8 +151,8 @@ def upsampled(x: jax.Array, prepared: Sequence[jax.Array], size: tuple[int, ...]
         both = jnp.stack([even, odd], axis + 1)
         return both.reshape(*both.shape[:axis], 2 * length, *both.shape[axis + 2 :])
 
-    halves = [interleave(*[product(a, b) for b in range(3)], axis=2) for a in range(3)]
-    return interleave(*halves, axis=1)[:, : size[0], : size[1]]
+    first, middle, last = (interleave(product(a, 0), product(a, 1), product(a, 2), 2) for a in range(3))
+    return interleave(first, middle, last, 1)[:, : size[0], : size[1]]
 
 
 def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:

@@ -1,0 +1,121 @@
+"""Convolutions with fewer products, and attention in blocks, against PyTorch's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from sdjax.models import prepared
+from sdjax.models.layers import apply
+from sdjax.models.unet import UNet
+from sdjax.models.vae import VAE
+from sdjax.ops import attention, winograd
+
+SIZES = [(8, 8), (7, 9), (5, 1), (17, 30)]
+# Of the largest value, in each dtype, for small tiles and large ones.
+ERRORS = {("float32", 2): 1e-6, ("float32", 4): 3e-6, ("bfloat16", 2): 1e-2}
+
+
+def picture(size, channels=24):
+    return np.random.default_rng(0).standard_normal((2, *size, channels), np.float32)
+
+
+def kernel(inputs=24, features=20):
+    return np.random.default_rng(1).standard_normal((3, 3, inputs, features), np.float32)
+
+
+def by_torch(x, kernel, doubled=None):
+    """In float64."""
+    x = torch.from_numpy(x).double().permute(0, 3, 1, 2)
+    if doubled is not None:
+        x = functional.interpolate(x, doubled)
+    return functional.conv2d(x, torch.from_numpy(kernel).double().permute(3, 2, 0, 1), padding=1).permute(0, 2, 3, 1)
+
+
+def error(found, expected):
+    expected = expected.numpy()
+    assert found.shape == expected.shape
+    return np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("dtype", "m"), ERRORS)
+def test_convolution(size, dtype, m):
+    own = winograd.prepare(jnp.asarray(kernel()), m, dtype)
+    assert error(winograd.convolution(picture(size), own), by_torch(picture(size), kernel())) < ERRORS[dtype, m]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("cut", [(0, 0), (1, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_convolution_of_a_doubled_map(size, cut, dtype):
+    doubled = 2 * size[0] - cut[0], 2 * size[1] - cut[1]
+    own = winograd.prepare_upsampled(jnp.asarray(kernel()), dtype)
+    expected = by_torch(picture(size), kernel(), doubled)
+    assert error(winograd.upsampled(picture(size), own, doubled), expected) < ERRORS[dtype, 2]
+
+
+def test_its_gradient_is_the_convolutions():
+    x, own = jnp.asarray(picture((6, 7))), winograd.prepare(jnp.asarray(kernel()), 4, "float32")
+    found = jax.grad(lambda x: jnp.sin(winograd.convolution(x, own)).sum())(x)
+    theirs = torch.from_numpy(picture((6, 7))).double().requires_grad_()
+    convolved = functional.conv2d(
+        theirs.permute(0, 3, 1, 2), torch.from_numpy(kernel()).double().permute(3, 2, 0, 1), padding=1
+    )
+    convolved.sin().sum().backward()
+    assert error(found, theirs.grad) < 1e-4
+
+
+@pytest.fixture
+def everything(monkeypatch):
+    """Even a tiny model's kernels are transformed."""
+    monkeypatch.setattr(prepared, "WIDE", 0)
+    monkeypatch.setattr(prepared, "FEWEST_CHANNELS", 1)
+
+
+@pytest.mark.parametrize("large", [0, 640])
+def test_the_models_with_them_are_the_models(tiny, everything, monkeypatch, large):
+    monkeypatch.setattr(prepared, "MOST_CHANNELS_OF_LARGE_TILES", large)
+    params = prepared.prepare(tiny.params, "float32", {})
+    names = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    assert any("upsamplers_0']['conv']['winograd" in name for name in names)
+    assert not any("resnets" in name and "conv1']['kernel" in name for name in names)
+
+    rng = np.random.default_rng(0)
+    config = tiny.config
+    latents = rng.standard_normal((2, 7, 10, config.unet.in_channels), np.float32)
+    context = rng.standard_normal((2, 77, config.unet.context_width), np.float32)
+    arguments = latents, jnp.array([7.0, 900.0]), context
+    plain, fast = (apply(UNet(config.unet), each["unet"], *arguments) for each in (tiny.params, params))
+    np.testing.assert_allclose(fast, plain, rtol=0, atol=3e-5 * float(jnp.abs(plain).max()))
+
+    z = rng.standard_normal((1, 6, 5, config.vae.latent_channels), np.float32)
+    plain, fast = (apply(VAE(config.vae), each["vae"], z, method="decode") for each in (tiny.params, params))
+    np.testing.assert_allclose(fast, plain, rtol=0, atol=3e-5 * float(jnp.abs(plain).max()))
+
+
+def test_transforms_are_made_once(tiny, everything):
+    known = {}
+    first, second = (prepared.prepare(tiny.params, "float32", known) for _ in range(2))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a is b, first, second)))
+
+
+def test_a_small_model_stays_as_it_is(tiny):
+    assert prepared.prepare(tiny.params, "float32", {}) is tiny.params
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("length", "keys"), [(1500, 1500), (1024, 2500), (2100, 77)])
+def test_attention_in_blocks(length, keys, masked, monkeypatch):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, n, 2, 8), np.float32) for n in (length, keys, keys))
+    mask = rng.random((2, keys)) > 0.3 if masked else None
+    monkeypatch.setattr(attention, "SCORES", 400 * keys)  # so that there are several, the last one overlapping
+    found = attention.attention(*map(jnp.asarray, (q, k, v)), None if mask is None else jnp.asarray(mask))
+    theirs = functional.scaled_dot_product_attention(
+        *(torch.from_numpy(x).double().transpose(1, 2) for x in (q, k, v)),
+        attn_mask=None if mask is None else torch.from_numpy(mask)[:, None, None, :],
+    )
+    np.testing.assert_allclose(found, theirs.transpose(1, 2).numpy(), atol=1e-6)
