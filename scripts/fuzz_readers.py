@@ -82,7 +82,7 @@ def _places(given: atheris.FuzzedDataProvider) -> list[tuple[int, int]]:
 
 def _damaged(whole: bytes, places: list[tuple[int, int]]) -> bytes:
     damaged = bytearray(whole)
-    for place, value in places:
+    for place, value in places if whole else []:
         damaged[place % len(whole)] = value
     return bytes(damaged)
 

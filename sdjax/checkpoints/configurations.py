@@ -5,11 +5,12 @@ Whatever in a folder's configuration would change the network, and our models do
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ VAE_FIXED = {
 ACTIVATIONS = ("quick_gelu", "gelu")
 # What texts are filled up with: the end token, or as OpenCLIP does, the token 0.
 PADDINGS = {"<|endoftext|>": TextEncoderConfig.padding_id, "!": 0}
+# The names of the parts' classes in their files, FlaxUNet2DConditionModel and its like without the Flax.
+CLASSES = {"clip_text_model": "text_encoder", "UNet2DConditionModel": "unet", "AutoencoderKL": "vae"}
 UNET_LEVELS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 
 
@@ -100,29 +103,13 @@ def read_folder(folder: Path) -> Config:
     Raises:
       CheckpointError: a file is missing or malformed, or describes another model than Stable Diffusion 1 or 2 is.
     """
-    text_path, unet_path, vae_path = (folder / part / "config.json" for part in ("text_encoder", "unet", "vae"))
-    text, unet, vae = (read_json(path) for path in (text_path, unet_path, vae_path))
-    _refuse_others(text_path, text, TEXT_ENCODER_FIXED)
-    _refuse_others(unet_path, unet, UNET_FIXED)
-    _refuse_others(vae_path, vae, VAE_FIXED)
-    schedule_path = folder / "scheduler" / "scheduler_config.json"
-    schedule = read_json(schedule_path)
-    try:
-        config = Config.from_dict(
-            {
-                "text_encoder": {**_text_encoder(text), "padding_id": _padding(folder / "tokenizer", text)},
-                "unet": _unet(unet_path, unet),
-                "vae": _vae(vae_path, vae),
-                **schedulers.read(schedule_path, schedule),
-            }
-        )
-    except CheckpointError:
-        raise
-    except KeyError as error:
-        raise CheckpointError(f"{folder}: its configuration lacks, or has an unknown, {error}") from error
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{folder}: its configuration cannot be read: {error}") from error
-    if isinstance(size := unet.get("sample_size"), int):
+    paths = {part: folder / part / "config.json" for part in CLASSES.values()}
+    fields = {part: read_json(path) for part, path in paths.items()}
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    with _told(folder):
+        parts = {part: _part(part, path, fields[part]) for part, path in paths.items()}
+        config = Config.from_dict({**parts, **schedulers.read(schedule, read_json(schedule))})
+    if isinstance(size := fields["unet"].get("sample_size"), int):
         config = dataclasses.replace(config, image_size=size * config.vae.factor)
     check(config, folder)
     return config
@@ -135,27 +122,37 @@ def read_part(path: Path) -> tuple[str, Any]:
       CheckpointError: the file is missing or malformed, or of another model.
     """
     fields = read_json(path)
-    kind = fields.get("_class_name") or fields.get("model_type")
-    kinds = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "clip_text_model": "text_encoder"}
-    if not isinstance(kind, str) or kind not in kinds:
-        raise CheckpointError(f"{path}: it configures {kind!r:.60}; parts of a model are {', '.join(kinds)}")
+    said = fields.get("_class_name") or fields.get("model_type")
+    kind = said.removeprefix("Flax") if isinstance(said, str) else ""
+    if kind not in CLASSES:
+        raise CheckpointError(f"{path}: it configures {said!r:.60}; parts of a model are {', '.join(CLASSES)}")
+    part = CLASSES[kind]
+    with _told(path):
+        return part, getattr(Config.from_dict({part: _part(part, path, fields)}), part)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What is wrong with a configuration, as a CheckpointError."""
     try:
-        if kinds[kind] == "unet":
-            _refuse_others(path, fields, UNET_FIXED)
-            own = _unet(path, fields)
-        elif kinds[kind] == "vae":
-            _refuse_others(path, fields, VAE_FIXED)
-            own = _vae(path, fields)
-        else:
-            _refuse_others(path, fields, TEXT_ENCODER_FIXED)
-            own = {**_text_encoder(fields), "padding_id": _padding(path.parent.parent / "tokenizer", fields)}
-        return kinds[kind], getattr(Config.from_dict({kinds[kind]: own}), kinds[kind])
+        yield
     except CheckpointError:
         raise
     except KeyError as error:
-        raise CheckpointError(f"{path}: it lacks, or has an unknown, {error}") from error
+        raise CheckpointError(f"{path}: its configuration lacks, or has an unknown, {error}") from error
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: it cannot be read: {error}") from error
+        raise CheckpointError(f"{path}: its configuration cannot be read: {error}") from error
+
+
+def _part(part: str, path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a part's `config.json` says, as our fields."""
+    fixed, read = {
+        "text_encoder": (TEXT_ENCODER_FIXED, _text_encoder),
+        "unet": (UNET_FIXED, _unet),
+        "vae": (VAE_FIXED, _vae),
+    }[part]
+    _refuse_others(path, fields, fixed)
+    return read(path, fields)
 
 
 def check_controlnet(path: Path, config: Config) -> None:
@@ -182,7 +179,7 @@ def check_controlnet(path: Path, config: Config) -> None:
         )
 
 
-def _text_encoder(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _text_encoder(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "vocab_size": fields["vocab_size"],
         "max_positions": fields["max_position_embeddings"],
@@ -191,6 +188,7 @@ def _text_encoder(fields: Mapping[str, Any]) -> dict[str, Any]:
         "num_heads": fields["num_attention_heads"],
         "mlp_width": fields["intermediate_size"],
         "activation": fields.get("hidden_act", "quick_gelu"),
+        "padding_id": _padding(path.parent.parent / "tokenizer", fields),
     }
 
 

@@ -136,18 +136,22 @@ def _read_file(path: Path) -> Contents:
 def _read_folder(path: Path, variant: str | None) -> Contents:
     index = configurations.read_json(path / "model_index.json")
     tensors: dict[str, np.ndarray] = {}
-    if all((path / part / f"{FLAX_STEMS[part]}.msgpack").is_file() for part in PARTS) and not any(
-        (path / part / name).is_file() for part in PARTS for name in candidates(part)
-    ):
+    flax = {part: flax_file(path / part, part) for part in PARTS}
+    if all(flax.values()):
         if variant is not None:
             raise CheckpointError(f"{path}: Flax's folders have no variants; leave variant={variant!r:.40} out")
-        for part in PARTS:
-            file = path / part / f"{FLAX_STEMS[part]}.msgpack"
+        for part, file in flax.items():
             tensors |= {f"{part}.{name}": array for name, array in msgpack.read(file).items()}
         return Contents(FLAX, tensors, index)
     for part in PARTS:
         tensors |= {f"{part}.{name}": array for name, array in read_part(path / part, part, variant).items()}
     return Contents(FOLDER, tensors, index)
+
+
+def flax_file(folder: Path, part: str) -> Path | None:
+    """The weights that Flax wrote in a part's folder, where there are no others."""
+    file = folder / f"{FLAX_STEMS[part]}.msgpack"
+    return file if file.is_file() and not any((folder / name).is_file() for name in candidates(part)) else None
 
 
 def read_part(folder: Path, part: str, variant: str | None = None) -> dict[str, np.ndarray]:

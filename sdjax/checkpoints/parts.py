@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdjax.checkpoints import configurations, contents, identity, names, native, weights
+from sdjax.checkpoints import configurations, contents, identity, msgpack, names, native, weights
 from sdjax.checkpoints.contents import Contents
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.names import Kind, Source
@@ -38,7 +38,7 @@ def read(path: Path, part: str | None, config: Config, shapes: Any) -> tuple[str
 
     Args:
       path: of a file with original, diffusers' or our names, with or without the part's prefix, the rest of a model
-        beside it or not; or of a diffusers folder, whole or the part's own.
+        beside it or not; or of a diffusers folder, whole or the part's own, Flax's too.
       part: "unet", "vae" or "text_encoder"; None takes the one that the file has.
       config: of the model that it goes into.
       shapes: gives the parameter tree of a configuration.
@@ -52,7 +52,8 @@ def read(path: Path, part: str | None, config: Config, shapes: Any) -> tuple[str
     """
     if path.is_dir():
         path, part, config = _folder(path, part, config)
-        tensors: Mapping[str, np.ndarray] = contents.read_part(path, part)
+        flax = contents.flax_file(path, part)
+        tensors: Mapping[str, np.ndarray] = msgpack.read(flax) if flax else contents.read_part(path, part)
     else:
         opened = contents.read(path)
         tensors, config = opened.tensors, _own(path, opened, part, config)
@@ -106,6 +107,7 @@ def _readings(part: str, tensors: Mapping[str, np.ndarray], config: Config, leav
         "diffusers": names.folder(config, own),
         "ldm": names.ldm(config, own),
         "native": {target: Source(target, Kind.SAME) for target in own},
+        "flax": names.flax(config, own),
     }
     readings = []
     open_clip = part == "text_encoder" and config.text_encoder.activation == "gelu"
@@ -113,9 +115,10 @@ def _readings(part: str, tensors: Mapping[str, np.ndarray], config: Config, leav
         "diffusers": names.FOLDER_ROOTS[part],
         "ldm": names.OPEN_CLIP_ROOT if open_clip else names.LDM_ROOTS[part],
         "native": f"{part}.",
+        "flax": f"{part}.",
     }
     for layout, table in tables.items():
-        root, spelling = roots[layout], str if layout == "native" else names.spelling
+        root, spelling = roots[layout], str if layout in ("native", "flax") else names.spelling
         whole = {name: x for name, x in tensors.items() if spelling(name).startswith(root)}
         if layout == "ldm" and part == "unet" and any(name.startswith(names.EMA_ROOT) for name in tensors):
             table = names.averaged(table)  # as `load` prefers them

@@ -110,7 +110,8 @@ def write(
         with os.fdopen(handle, "wb") as file:
             file.write(len(text).to_bytes(8, "little"))
             file.write(text)
-            broken, overflown = set(), set()
+            broken: set[str] = set()
+            overflown: set[str] = set()
             laid = _ahead(lambda name: _laid(arrays[name], dtypes[name]), order)
             for name, (array, finite) in zip(order, laid, strict=True):
                 if not finite:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sdjax
 from sdjax import checkpoints
 from sdjax.checkpoints import CheckpointError, names, native
 from sdjax.checkpoints import msgpack as reader
@@ -45,6 +46,16 @@ def test_a_folder(flax_folder, params, shapes):
     assert described["format"] == "diffusers-Flax folder"
     assert described["readable"]
     assert described["dtypes"] == {"bfloat16": len(native.flatten(params))}
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_a_part(flax_folder, folder, params, tiny_file, part):
+    model = sdjax.load(tiny_file, dtype="float32")
+    folder[1]("vae/config.json", _class_name="FlaxAutoencoderKL")
+    for path in (flax_folder, flax_folder / part):
+        found = model.with_part(path, part).params[part]
+        rounded = {name: x.astype(jnp.bfloat16) for name, x in native.flatten(params[part]).items()}
+        assert_equal(found, native.unflatten(rounded))
 
 
 # Read in the code of diffusers 0.35.2 and transformers 4.53, the last with Flax.

@@ -176,6 +176,45 @@ def test_small_objects_in_great_number_are_limited():
         pickles.loads(b"}" * (pickles.MAX_INSTRUCTIONS + 1) + b".")
 
 
+def test_bits_that_flipped_and_ends_cut_off():
+    whole = pickle.dumps({"a": PLAIN[:5], "b": Reduced(eval, ("1",)), "c": collections.OrderedDict(a=(1, 2))}, 2)
+    for place in range(len(whole)):
+        with pytest.raises(PickleError):
+            pickles.loads(whole[:place])
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            with contextlib.suppress(PickleError):
+                pickles.loads(bytes(damaged))
+
+
+CONFUSED = [
+    b"]q\0(h\0h\0e.",  # a list in itself
+    b"}q\0(h\0h\0u.",  # a dict as its own key: dropped
+    b"}X\x01\0\0\0aNsX\x01\0\0\0b\x86.",
+    b"K\x01K\x02a.",  # an item appended to a number
+    b"K\x01K\x02K\x03s.",  # set in a number
+    b")K\x02a.",  # in a tuple
+    b"cos\nsystem\nK\x02a.",  # in a name
+    b"cos\nsystem\n}b.",  # a state for a name
+    b"K\x01)R.",  # a number called
+    b"X\x01\0\0\0a)\x81.",  # a text as a class
+    b"K\x01K\x02\x93.",  # numbers as names
+    b"(K\x01K\x02o.",
+    b"K\x01K\x02R.",  # no tuple of arguments
+    b"ccollections\nOrderedDict\n(K\x01tR.",
+    b"K\x01Q.",
+    b"(((0t(0t.",
+    b"Nq\0K\x05q\0h\0.",  # a memo twice
+]
+
+
+@pytest.mark.parametrize("data", CONFUSED)
+def test_confused_types_are_inert(data):
+    with contextlib.suppress(PickleError):
+        pickles.loads(data)
+
+
 def test_damaged_bytes():
     rng = random.Random(0)
     whole = pickle.dumps({"a": PLAIN[:7], "b": Reduced(eval, ("1",)), "c": collections.OrderedDict(a=(1, 2))}, 2)

@@ -1,10 +1,12 @@
 """torch.save's files read without torch: equal to what torch loads, and safe against what torch never writes."""
 
+import copy
 import pickle
 import random
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -249,6 +251,88 @@ def test_what_cannot_be_printed_is_not_printed(tmp_path):
     assert data != program()
     with pytest.raises(CheckpointError, match="not those of a tensor"):
         read(write(tmp_path / "a.ckpt", [("x/data.pkl", data), ("x/data/0", NUMBERS)]))
+
+
+def replaced(old, new):
+    data = program().replace(old, new, 1)
+    assert data != program()
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (replaced(b"tR", b"t}R"), "not a tensor with a storage"),  # a dict for the arguments
+        (replaced(b"tR", b"t\x85R"), "not a tensor with a storage"),  # a tuple in a tuple
+        (replaced(b"tQ", b"tQQ"), "not a storage"),  # a reference to a reference
+        (replaced(b"tQ", b"t"), "not a tensor with a storage"),  # what should be a reference's key
+        (replaced(b"(K\x02t", b"]K\x02a"), "not those of a tensor"),  # a list, which could change after the check
+        (replaced(b"(K\x02t", b"}"), "not those of a tensor"),
+        (replaced(b"(K\x02t", b"cos\nsystem\n)R"), "not those of a tensor"),  # a call for a size
+        (replaced(b"(K\x02t", b"(cos\nsystem\nt"), "not those of a tensor"),
+        (replaced(b"(K\x02t", b"q\x07h\x07"), "not those of a tensor"),  # the offset, from the memo, for the size
+        (replaced(b"ctorch\nFloatStorage\n", b"X\x05\0\0\0Float"), "not a storage"),
+        (replaced(b"ctorch\nFloatStorage\n", b"cos\nsystem\n"), "numbers of os.system"),
+        (replaced(b"ctorch\nFloatStorage\n", b"cos\nsystem\n)R"), "not a storage"),
+        (replaced(b"X\x01\0\0\x000", b"]"), "not in the archive"),  # a list for the storage's key
+        (replaced(b"_rebuild_tensor_v2", b"_rebuild_parameter"), "not a tensor|a kind of tensor"),
+    ],
+)
+def test_other_types_where_a_tensor_has_its_parts(tmp_path, data, message):
+    path = write(tmp_path / "a.ckpt", [("x/data.pkl", data), ("x/data/0", NUMBERS)])
+    with pytest.raises(CheckpointError, match=message):
+        read(path)
+
+
+def test_a_state_dict_that_is_in_itself(tmp_path):
+    loop = {}
+    loop["state_dict"] = loop
+    assert read(write(tmp_path / "a.ckpt", [("x/data.pkl", pickle.dumps(loop))])) == {}
+
+
+def directory_of(whole):
+    """Where the first entry of a zip file's directory begins, whose sizes are at 20 and 24, its offset at 42."""
+    return whole.index(b"PK\x01\x02")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (20, 2**31, "compressed"),  # sizes that differ
+        (42, 2**31, "not where the archive's directory says|directory cannot be read"),
+        (42, 5, "not where the archive's directory says|directory cannot be read"),
+        ((20, 24), 2**31, "ends beyond the file"),
+        ((20, 24), 2**32 - 1, "ends beyond the file|directory cannot be read|compressed"),  # "see the extra field"
+    ],
+)
+def test_directories_that_lie(tmp_path, place, value, message):
+    whole = bytearray(write(tmp_path / "a", [("x/data/0", NUMBERS), ("x/data.pkl", program())]).read_bytes())
+    for offset in place if isinstance(place, tuple) else (place,):
+        start = directory_of(whole) + offset
+        whole[start : start + 4] = struct.pack("<I", value)
+    (tmp_path / "a.ckpt").write_bytes(whole)
+    with pytest.raises(CheckpointError, match=message):
+        read(tmp_path / "a.ckpt")
+
+
+def test_members_that_overlap_take_no_memory(tmp_path):
+    """What a bomb is made of (Fifield 2019): a thousand members of a megabyte that are one and the same."""
+    path = tmp_path / "a.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", program())
+        archive.writestr("x/data/0", NUMBERS)
+        archive.writestr("x/data/1", bytes(1 << 20))
+        for i in range(2, 1000):
+            twin = copy.copy(archive.getinfo("x/data/1"))
+            twin.filename = f"x/data/{i}"
+            archive.filelist.append(twin)
+    assert path.stat().st_size < 2 << 20
+    tracemalloc.start()
+    try:
+        np.testing.assert_array_equal(read(path)["a"], [0, 1])
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.fixture(scope="module")
