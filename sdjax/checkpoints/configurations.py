@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +146,12 @@ def _told(path: Path) -> Iterator[None]:
 
 def _part(part: str, path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     """What a part's `config.json` says, as our fields."""
-    fixed, read = {
+    readers: dict[str, tuple[Mapping[str, Any], Callable[[Path, Mapping[str, Any]], dict[str, Any]]]] = {
         "text_encoder": (TEXT_ENCODER_FIXED, _text_encoder),
         "unet": (UNET_FIXED, _unet),
         "vae": (VAE_FIXED, _vae),
-    }[part]
+    }
+    fixed, read = readers[part]
     _refuse_others(path, fields, fixed)
     return read(path, fields)
 

@@ -136,8 +136,9 @@ def _read_file(path: Path) -> Contents:
 def _read_folder(path: Path, variant: str | None) -> Contents:
     index = configurations.read_json(path / "model_index.json")
     tensors: dict[str, np.ndarray] = {}
-    flax = {part: flax_file(path / part, part) for part in PARTS}
-    if all(flax.values()):
+    files = {part: flax_file(path / part, part) for part in PARTS}
+    flax = {part: file for part, file in files.items() if file is not None}
+    if len(flax) == len(PARTS):
         if variant is not None:
             raise CheckpointError(f"{path}: Flax's folders have no variants; leave variant={variant!r:.40} out")
         for part, file in flax.items():
