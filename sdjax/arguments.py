@@ -109,6 +109,14 @@ def size(config: Config, height: Any, width: Any, picture: Image.Image | None) -
     return int(height), int(width)
 
 
+def tile(name: str, value: Any, config: Config) -> int:
+    """Pixels of a tile's side: a multiple of the VAE's factor, at least 8 latents. Smaller ones are mostly overlap."""
+    factor = config.vae.factor
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value % factor or value < 8 * factor:
+        raise ValueError(f"{name}: expected a multiple of {factor} pixels, {8 * factor} or more, got {value!r}")
+    return int(value)
+
+
 def start_noise(latents: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     """(B, h, w, z) finite float32, or None."""
     if latents is None:

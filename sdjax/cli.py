@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Options that go to `generate` as they are.
 PASSED = (
     "negative_prompt", "strength", "num_inference_steps", "guidance_scale", "clip_skip", "height", "width",
-    "mask_blur", "padding_mask_crop", "exact_steps", "brownian",
+    "mask_blur", "padding_mask_crop", "exact_steps", "brownian", "vae_tile",
 )  # fmt: skip
 
 

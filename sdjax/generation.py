@@ -61,6 +61,7 @@ def generate(
     brownian: bool = False,
     regions: Sequence[PictureSource] | None = None,
     controls: Mapping[str, control.Control] | None = None,
+    vae_tile: int | None = None,
 ) -> list[Image.Image] | np.ndarray:
     """Pictures of what the prompts say.
 
@@ -103,6 +104,8 @@ def generate(
       regions: a mask for each of the prompts that AND joins, white where it counts; all are of one number.
       controls: what the model's ControlNets are to follow, by the names they have there; those that are not named are
         not run.
+      vae_tile: pixels, a multiple of the VAE's factor: pictures are decoded one at a time and in tiles of this side, in
+        the memory that one tile takes. The picture is nearly the same (docs/fast.md). None decodes all at once.
 
     Returns:
       A list of PIL pictures, each with its recipe in `.info`; or an array, see `output_type`. After Ctrl-C, what
@@ -180,7 +183,11 @@ def generate(
         conditioning = jax.tree.map(lambda part: part[:-1], conditioning)
     positive = tasks.per_picture(conditioning, repeats, rows)
     decoded = output_type != "latent"
-    job = Job(config, model.dtype, height, width, guided, clip_skip, decoded, brownian, options.loss, len(followed))
+    if vae_tile is not None:
+        vae_tile = arguments.tile("vae_tile", vae_tile, config)
+    job = Job(
+        config, model.dtype, height, width, guided, clip_skip, decoded, brownian, options.loss, len(followed), vae_tile
+    )
     if regions is not None:
         positive = positive._replace(composition=tasks.regions(regions, positive.composition, job.latent_shape))
     each = functools.partial(arguments.one_per_picture, repeats=repeats)
@@ -208,7 +215,10 @@ def generate(
     size = min(count, DEFAULT_BATCH) if batch_size is None else arguments.whole("batch_size", batch_size, 1)
     devices = 1 if mesh is None else mesh.size
     size = -(-size // devices) * devices
-    arguments.fits_in_memory(config, model.dtype, height, width, size // devices, params)
+    # Tiles are decoded one after the other: at their size the decoder's maps exist once.
+    side = max(height, width) if vae_tile is None else vae_tile
+    at_once = size // devices if vae_tile is None else 1
+    arguments.fits_in_memory(config, model.dtype, min(height, side), min(width, side), at_once, params)
 
     stepwise = progress or callback is not None
     common = Recipe(
@@ -244,6 +254,7 @@ def generate(
         controls={name: _followed(controls[name], model.controls[name].digest) for name in followed}
         if controls
         else {},
+        vae_tile=vae_tile,
     )
 
     done: list[np.ndarray] = []

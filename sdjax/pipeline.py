@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax import checkpoints, samplers
-from sdjax.models import low_rank
+from sdjax import arguments, checkpoints, samplers
+from sdjax.models import low_rank, tiled
 from sdjax.models.config import Config
 from sdjax.models.layers import apply
 from sdjax.models.prepared import Known, prepare
@@ -46,6 +46,11 @@ def _unet(config: Config, dtype: str, params: Params, *arguments: jax.Array | No
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
 def _vae(config: Config, dtype: str, params: Params, method: str, x: jax.Array) -> Any:
     return apply(VAE(config.vae, jnp.dtype(dtype)), params["vae"], x, method=method)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 4))
+def _vae_tiled(config: Config, dtype: str, params: Params, z: jax.Array, tile: int) -> jax.Array:
+    return tiled.decode(config.vae, jnp.dtype(dtype), params["vae"], z, tile)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -321,8 +326,14 @@ class StableDiffusion:
         """
         return _vae(self.config, self.dtype, self.prepared, "encode", images)
 
-    def decode_latents(self, z: jax.Array) -> jax.Array:
-        """(B, h, w, z) latents before the scaling factor -> (B, H, W, 3), about [-1, 1], unclipped."""
+    def decode_latents(self, z: jax.Array, tile: int | None = None) -> jax.Array:
+        """(B, h, w, z) latents before the scaling factor -> (B, H, W, 3), about [-1, 1], unclipped.
+
+        tile: pixels, to decode one picture at a time and each in tiles of this side (`sdjax.models.tiled`).
+        """
+        if tile is not None:
+            tile = arguments.tile("tile", tile, self.config)
+            return _vae_tiled(self.config, self.dtype, self.prepared, z, tile)
         return _vae(self.config, self.dtype, self.prepared, "decode", z)
 
     def save(self, path: str | Path) -> None:

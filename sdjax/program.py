@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from sdjax import guidance, noise
+from sdjax.models import tiled
 from sdjax.models.config import Config
 from sdjax.models.controlnet import ControlNet, hint_channels
 from sdjax.models.layers import apply
@@ -43,6 +44,7 @@ class Job:
     brownian: bool = False  # True: the rows' noises are one Brownian motion
     loss: Callable[[jax.Array], jax.Array] | None = None  # `guidance.Options.loss`
     controls: int = 0  # how many ControlNets there are; params["controls"] has them by their places
+    vae_tile: int | None = None  # pixels of the tiles that pictures are decoded in, one at a time
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -332,8 +334,10 @@ def control(
 
 def decode(job: Job, params: Params, latents: jax.Array) -> jax.Array:
     """Scaled latents (B, h, w, z) -> (B, H, W, 3), about [-1, 1]."""
-    vae = VAE(job.config.vae, jnp.dtype(job.dtype))
-    return apply(vae, params["vae"], latents / job.config.vae.scaling_factor, method="decode")
+    config, dtype, z = job.config.vae, jnp.dtype(job.dtype), latents / job.config.vae.scaling_factor
+    if job.vae_tile is not None:
+        return tiled.decode(config, dtype, params["vae"], z, job.vae_tile)
+    return apply(VAE(config, dtype), params["vae"], z, method="decode")
 
 
 def finish(job: Job, params: Params, inputs: Inputs, registers: jax.Array) -> Result:

@@ -61,7 +61,7 @@ class Recipe:
       versions: of sdjax, jax, jaxlib; and the platform and the device.
       latents_sha256: of start noise that was given in place of the seed's; only who has it can make the picture again.
       guidance: `guidance.Options` besides the rescale, those that are not None.
-      exact_steps, brownian: as `sdjax.generate` takes them.
+      exact_steps, brownian, vae_tile: as `sdjax.generate` takes them.
       regions_sha256: of the weights of prompts by region; only who has the masks can make the picture again.
       controls: of each ControlNet its scale, interval and fingerprint; its picture is not in the recipe.
     """
@@ -97,6 +97,7 @@ class Recipe:
     brownian: bool = False
     regions_sha256: str | None = None
     controls: dict[str, Any] = dataclasses.field(default_factory=dict)
+    vae_tile: int | None = None
 
 
 def texts(recipe: Recipe) -> dict[str, str]:
@@ -293,6 +294,7 @@ _FIELDS: dict[str, Any] = {
     "brownian": _flag,
     "regions_sha256": _DIGEST,
     "controls": _controls,
+    "vae_tile": _or_none(_PIXELS),
 }
 
 

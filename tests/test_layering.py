@@ -17,7 +17,7 @@ MAY = {
     "canvas": {"arguments", "images", "models.config"},
     "control": {"guidance", "images"},
     "program": {"models", "samplers", "guidance", "noise", "prompts"},
-    "pipeline": {"models", "checkpoints", "tokenizer", "schedule", "samplers"},
+    "pipeline": {"arguments", "models", "checkpoints", "tokenizer", "schedule", "samplers"},
     "tasks": {"canvas", "guidance", "images", "noise", "program", "prompts", "samplers"},
     "generation": {
         "arguments", "canvas", "compilation_cache", "control", "guidance", "images", "pipeline", "program", "prompts",

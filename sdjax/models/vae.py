@@ -101,17 +101,31 @@ class Decoder(nn.Module):
     config: VAEConfig
     dtype: Dtype
 
-    @nn.compact
-    def __call__(self, z: jax.Array) -> jax.Array:
-        config, dtype = self.config, self.dtype
-        x = Conv(config.channels[-1], dtype, name="conv_in")(z)
-        x = MidBlock(config.norm_groups, dtype, name="mid_block")(x)
+    def setup(self) -> None:
+        config, dtype, levels = self.config, self.dtype, len(self.config.channels)
+        self.conv_in = Conv(config.channels[-1], dtype)
+        self.mid_block = MidBlock(config.norm_groups, dtype)
+        self.up_blocks = [DecoderBlock(config, levels - 1 - i, dtype) for i in range(levels)]
+        self.conv_norm_out = GroupNorm(config.norm_groups, EPSILON)
+        self.conv_out = Conv(3, dtype)
+
+    def first(self, z: jax.Array) -> jax.Array:
+        """Up to the first doubling and with it: what is cheap, and where every pixel sees every other."""
+        x = self.mid_block(self.conv_in(z))
         self.sow("intermediates", "mid_block", x)
-        for i in range(len(config.channels)):
-            x = DecoderBlock(config, len(config.channels) - 1 - i, dtype, name=f"up_blocks_{i}")(x)
+        x = self.up_blocks[0](x)
+        self.sow("intermediates", "up_blocks_0", x)
+        return x
+
+    def rest(self, x: jax.Array) -> jax.Array:
+        """From there to the pixels: convolutions and norms."""
+        for i, block in enumerate(self.up_blocks[1:], 1):
+            x = block(x)
             self.sow("intermediates", f"up_blocks_{i}", x)
-        x = nn.silu(GroupNorm(config.norm_groups, EPSILON, name="conv_norm_out")(x))
-        return Conv(3, dtype, name="conv_out")(x)
+        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        return self.rest(self.first(z))
 
 
 class VAE(nn.Module):
@@ -141,7 +155,15 @@ class VAE(nn.Module):
 
     def decode(self, z: jax.Array) -> jax.Array:
         """Latents before the scale (B, h, w, z) -> pictures (B, H, W, 3), about [-1, 1], unclipped float32."""
-        return self.decoder(self.post_quant_conv(z.astype(self.dtype))).astype(jnp.float32)
+        return self.decode_rest(self.decode_first(z))
+
+    def decode_first(self, z: jax.Array) -> jax.Array:
+        """The part of `decode` that sees the picture as a whole, (B, h, w, z) -> (B, 2h, 2w, C)."""
+        return self.decoder.first(self.post_quant_conv(z.astype(self.dtype)))
+
+    def decode_rest(self, x: jax.Array) -> jax.Array:
+        """The part of `decode` that sees only a neighbourhood, and statistics, (B, 2h, 2w, C) -> (B, H, W, 3)."""
+        return self.decoder.rest(x).astype(jnp.float32)
 
     def __call__(self, images: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """images (B, H, W, 3), noise (B, h, w, z) -> the reconstruction from a sample of q(z | x), its mean and logvar.

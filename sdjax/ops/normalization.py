@@ -19,14 +19,22 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, eps
     Returns:
       An array of x's shape and dtype.
     """
-    batch, channels = x.shape[0], x.shape[-1]
     # Rank 4, pixels flattened: XLA's CPU kernels are wrong or slow from rank 6 up.
-    grouped = x.astype(jnp.float32).reshape(batch, -1, groups, channels // groups)
-    centred = grouped - grouped.mean((1, 3), keepdims=True)
+    grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+    mean = grouped.mean((1, 3), keepdims=True)
     # Two passes: E[x^2] - E[x]^2 loses three digits at the means that occur in trained VAEs.
-    variance = jnp.square(centred).mean((1, 3), keepdims=True)
+    variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
+    return normalize(x, mean, variance, scale, bias, epsilon)
+
+
+def normalize(
+    x: jax.Array, mean: jax.Array, variance: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> jax.Array:
+    """What `group_norm` does with the statistics of its groups, here given: mean and variance (B, 1, G, 1)."""
+    groups = mean.shape[2]
+    grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
     gain = lax.rsqrt(variance + epsilon) * scale.astype(jnp.float32).reshape(1, 1, groups, -1)
-    normed = centred * gain + bias.astype(jnp.float32).reshape(1, 1, groups, -1)
+    normed = (grouped - mean) * gain + bias.astype(jnp.float32).reshape(1, 1, groups, -1)
     return normed.reshape(x.shape).astype(x.dtype)
 
 
