@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sdjax import spacings as spacings
     from sdjax.checkpoints.errors import CheckpointError as CheckpointError
     from sdjax.control import Control as Control
+    from sdjax.fast import Fast as Fast
     from sdjax.generation import generate as generate
     from sdjax.pipeline import StableDiffusion as StableDiffusion
     from sdjax.pipeline import load as load
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CheckpointError": "sdjax.checkpoints.errors",
     "Control": "sdjax.control",
+    "Fast": "sdjax.fast",
     "Schedule": "sdjax.schedule",
     "StableDiffusion": "sdjax.pipeline",
     "generate": "sdjax.generation",

@@ -107,7 +107,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--model: there is no {arguments.model}")
 
     # From here on it takes seconds.
-    from sdjax import control, generation, guidance, pipeline
+    from sdjax import control, fast, generation, guidance, pipeline
 
     model = pipeline.load(arguments.model, dtype=arguments.dtype or (old.dtype if old else None))
     if arguments.vae is not None:
@@ -131,6 +131,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     for name in ("rescale", "interval", "threshold", "quantile", "perpendicular", "perturbed", "image_scale"):
         if (given := getattr(arguments, f"guidance_{name}")) is not None:
             wanted[name] = given
+    if arguments.deep_cache is not None or (old is not None and old.fast):
+        quick = {} if old is None else dict(old.fast)
+        if arguments.deep_cache is not None:
+            quick["deep_cache"] = arguments.deep_cache
+        settings["fast"] = fast.Fast(**quick)
     settings |= {
         "model": model,
         "sampler": _sampler(arguments, old, model),

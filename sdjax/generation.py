@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdjax import arguments, compilation_cache, control, images, pipeline, program, samplers, tasks
+from sdjax import fast as fast_ways
 from sdjax import guidance as guidance_functions
 from sdjax.canvas import PictureSource, read_canvases
 from sdjax.pipeline import StableDiffusion
@@ -62,6 +63,7 @@ def generate(
     regions: Sequence[PictureSource] | None = None,
     controls: Mapping[str, control.Control] | None = None,
     vae_tile: int | None = None,
+    fast: fast_ways.Fast | None = None,
 ) -> list[Image.Image] | np.ndarray:
     """Pictures of what the prompts say.
 
@@ -106,6 +108,8 @@ def generate(
         not run.
       vae_tile: pixels, a multiple of the VAE's factor: pictures are decoded one at a time and in tiles of this side, in
         the memory that one tile takes. The picture is nearly the same (docs/fast.md). None decodes all at once.
+
+      fast: ways to be faster that change the picture a little, see `sdjax.Fast`.
 
     Returns:
       A list of PIL pictures, each with its recipe in `.info`; or an array, see `output_type`. After Ctrl-C, what
@@ -160,6 +164,10 @@ def generate(
     if config.edits and options.perpendicular is not None:
         raise ValueError("guidance.perpendicular: this model's guidance is away from the picture; it has no such kind")
     guide = tasks.guide(options, rows, np.pad(scales, (0, len(rows) - len(scales))), steps, guided, config.edits)
+    fast, whole = fast or fast_ways.Fast(), None
+    if fast.deep_cache is not None:
+        within = None if guide.within is None else np.asarray(guide.within)
+        whole = fast_ways.whole_calls(fast.deep_cache, within, len(rows))
     if composed and options.interval is not None:
         raise ValueError("guidance.interval: outside of it one prompt is evaluated, and AND joins several")
     if composed and options.perturbed is not None:
@@ -255,6 +263,7 @@ def generate(
         if controls
         else {},
         vae_tile=vae_tile,
+        fast={} if fast.deep_cache is None else {"deep_cache": fast.deep_cache},
     )
 
     done: list[np.ndarray] = []
@@ -262,7 +271,7 @@ def generate(
         with compilation_cache.enabled():
             for first in range(0, count, size):
                 chosen = np.arange(first, first + size).clip(max=count - 1)  # the last picture fills up the last chunk
-                inputs = tasks.place(tasks.inputs(task, chosen, rows, guide), mesh)
+                inputs = tasks.place(tasks.inputs(task, chosen, rows, guide, whole), mesh)
                 if stepwise:
                     result = _run_stepwise(job, params, inputs, progress, callback)
                 else:

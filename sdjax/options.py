@@ -181,6 +181,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--brownian", action=argparse.BooleanOptionalAction, help=path)
     add("--clip-skip", type=_number(int, 0), metavar="N", help="last text encoder layers to leave out (default: 0)")
     add("--dtype", choices=DTYPES, help="of computation (default: float32 on a CPU, else bfloat16)")
+    deep = "run the whole UNet in every N-th call only: faster, a similar picture (DeepCache)"
+    add("--deep-cache", type=_number(int, 2, 1000), metavar="N", help=deep)
     tile = "decode one picture at a time, in tiles of this side: less memory, nearly the same picture"
     add("--vae-tile", **pixels, help=tile)
     add("--batch-size", type=whole, metavar="N", help="pictures at once (default: their number, at most 8)")

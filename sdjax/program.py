@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from sdjax.models.controlnet import ControlNet, hint_channels
 from sdjax.models.layers import apply
 from sdjax.models.perturbed import identity_attention
 from sdjax.models.text_encoder import TextEncoder
-from sdjax.models.unet import UNet
+from sdjax.models.unet import ShallowUNet, UNet
 from sdjax.models.vae import VAE
 from sdjax.prompts import Conditioning, emphasize
 from sdjax.samplers import rows as sampler_rows
@@ -101,6 +102,7 @@ class Inputs(NamedTuple):
     guide: Guide
     picture: Picture | None = None
     controls: tuple[Control, ...] = ()  # one for each of the job's
+    whole: Array | None = None  # (T,) bool: rows in which the whole UNet runs; None is all, see `Fast.deep_cache`
     start_noise: Array | None = None  # (B, h, w, z) standard normal
     step_noise: Array | None = None  # (T, B, h, w, z)
     encode_noise: Array | None = None  # (B, h, w, z)
@@ -125,6 +127,14 @@ class Conditions(NamedTuple):
     clean: jax.Array | None  # (B, h, w, z): the picture's latents, scaled
     noise: Array  # (B, h, w, z): the noise the run started from
     repaint: jax.Array | None  # (B, h, w, 1): 1 where any pixel of a latent is to be repainted
+
+
+class State(NamedTuple):
+    """What goes from row to row."""
+
+    registers: jax.Array  # (R, B, h, w, z)
+    # (B, K, h, w, C): what came up to the UNet's last level in its last whole call, where rows go without.
+    deep: jax.Array | None
 
 
 class Result(NamedTuple):
@@ -174,8 +184,8 @@ def encode_picture(job: Job, params: Params, pixels: Array, normal: Array) -> ja
     return (mean + jnp.exp(0.5 * logvar) * normal) * job.config.vae.scaling_factor
 
 
-def start(job: Job, params: Params, inputs: Inputs) -> tuple[jax.Array, Conditions]:
-    """Everything before the loop: contexts, the picture's latents, the start. Returns the registers (R, B, h, w, z)."""
+def start(job: Job, params: Params, inputs: Inputs) -> tuple[State, Conditions]:
+    """Everything before the loop: contexts, the picture's latents, the start."""
     config = job.config
     shape = job.latent_shape
 
@@ -211,22 +221,31 @@ def start(job: Job, params: Params, inputs: Inputs) -> tuple[jax.Array, Conditio
     if clean is not None:
         x = x + inputs.rows.start[0] * clean
     conditions = Conditions(prompt, away, path, extra, clean, start_noise, repaint)
-    return sampler_rows.initial_registers(x), conditions
+    deep = None
+    if inputs.whole is not None:
+        evaluations = sum(each.states.shape[1] for each in [prompt, *away]) + (inputs.guide.perturbed is not None)
+        channels = config.unet.channels[:2][-1]
+        deep = jnp.zeros((len(inputs.seeds), evaluations, *shape[:2], channels), jnp.dtype(job.dtype))
+    return State(sampler_rows.initial_registers(x), deep), conditions
 
 
 def step(
-    job: Job, params: Params, inputs: Inputs, conditions: Conditions, registers: jax.Array, number: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Row `number` of the sampler: one evaluation of the UNet, one linear update. Returns the registers and its x0."""
+    job: Job, params: Params, inputs: Inputs, conditions: Conditions, state: State, number: jax.Array
+) -> tuple[State, jax.Array]:
+    """Row `number` of the sampler: one evaluation of the UNet, one linear update. Returns the state and its x0."""
     row = inputs.rows[number]
     guide = jax.tree.map(lambda value: value[number] if np.ndim(value) else value, inputs.guide)
 
-    def evaluate(x: jax.Array, time: jax.Array, contexts: list[Context], blind: int = 0) -> jax.Array:
-        """(B, h, w, z) -> (B, K, h, w, z): the outputs for all the prompts of these contexts.
+    unet, shallow = (kind(job.config.unet, jnp.dtype(job.dtype)) for kind in (UNet, ShallowUNet))
+
+    def evaluate(
+        x: jax.Array, time: jax.Array, contexts: list[Context], blind: int = 0
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """(B, h, w, z) -> (B, K, h, w, z): the outputs for all the prompts of these contexts; and the state's `deep`.
 
         A picture's K evaluations are neighbours in the batch, so that over several devices it stays on its own. With
         perturbed attention one more comes last, of the last prompt. The first `blind` of them do not see the picture
-        that is to be edited.
+        that is to be edited. Fewer evaluations than the state has are its last ones.
         """
         contexts = contexts if guide.perturbed is None else [*contexts, conditions.prompt]
         states, windows = (
@@ -236,25 +255,43 @@ def step(
         key_mask = None if n == 1 else jnp.repeat(windows.reshape(b * k, n), states.shape[2] // n, 1)
         states = states.reshape(b * k, *states.shape[2:])
         x, times = jnp.repeat(x, k, 0), jnp.broadcast_to(time, (b * k,))
-        added = control(job, params, inputs, number, x, times, states, key_mask) if job.controls else None
+        shown = x
         if conditions.extra is not None:
             seen = (jnp.arange(b * k) % k >= blind).astype(jnp.float32)[:, None, None, None]
-            x = jnp.concatenate([x, seen * jnp.repeat(conditions.extra, k, 0)], -1)
-        unet = UNet(job.config.unet, jnp.dtype(job.dtype))
-        if guide.perturbed is None:
-            output = apply(unet, params["unet"], x, times, states, key_mask, added)
+            shown = jnp.concatenate([x, seen * jnp.repeat(conditions.extra, k, 0)], -1)
+        # The last evaluation is without the middle's attention, where there is perturbed attention.
+        last = jnp.arange(b * k) % k == k - 1
+
+        def added() -> Any:
+            return control(job, params, inputs, number, x, times, states, key_mask) if job.controls else None
+
+        def whole() -> tuple[jax.Array, jax.Array]:
+            more = added()  # not perturbed, so outside
+            with identity_attention(last) if guide.perturbed is not None else contextlib.nullcontext():
+                output, found = apply(unet, params["unet"], shown, times, states, key_mask, more, mutable=["deep"])
+            return output, found["deep"]["entering"][0]
+
+        def level() -> tuple[jax.Array, jax.Array]:
+            assert state.deep is not None
+            deep = state.deep[:, -k:].reshape(b * k, *state.deep.shape[2:])
+            skips = None if (more := added()) is None else more[0][: job.config.unet.blocks_per_level + 1]
+            return apply(shallow, params["unet"], shown, times, states, deep, key_mask, skips), deep
+
+        if state.deep is None:
+            output, deep = whole()[0], None
         else:
-            with identity_attention(jnp.arange(b * k) % k == k - 1):
-                output = apply(unet, params["unet"], x, times, states, key_mask, added)
-        return output.astype(jnp.float32).reshape(b, k, *output.shape[1:])
+            assert inputs.whole is not None
+            output, deep = lax.cond(jnp.asarray(inputs.whole)[number], whole, level)
+            deep = jnp.concatenate([state.deep[:, :-k], deep.reshape(b, k, *deep.shape[1:])], 1)
+        return output.astype(jnp.float32).reshape(b, k, *output.shape[1:]), deep
 
-    def unguided(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
-        outputs = evaluate(x, time, [conditions.prompt])
-        return away_from_perturbed(outputs, outputs[:, 0]), outputs[:, 0]
+    def unguided(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        outputs, deep = evaluate(x, time, [conditions.prompt])
+        return away_from_perturbed(outputs, outputs[:, 0]), outputs[:, 0], deep
 
-    def guided(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def guided(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         edits = guide.image_scale is not None
-        outputs = evaluate(x, time, [*conditions.away, conditions.prompt], blind=int(edits))
+        outputs, deep = evaluate(x, time, [*conditions.away, conditions.prompt], blind=int(edits))
         first, base = outputs[:, 0], outputs[:, int(edits)]
         each = outputs[:, len(conditions.away) :][:, : conditions.prompt.states.shape[1]]
         alone = each.shape[1] == 1
@@ -264,49 +301,52 @@ def step(
         guided = guidance.guide(conditional, base, guide.scale, guide.rescale)
         if edits:
             guided = guided + (guide.image_scale - 1.0) * (base - first)
-        return away_from_perturbed(outputs, guided), base
+        return away_from_perturbed(outputs, guided), base, deep
 
     def away_from_perturbed(outputs: jax.Array, guided: jax.Array) -> jax.Array:
         if guide.perturbed is None:
             return guided
         return guided + guide.perturbed * (outputs[:, -2] - outputs[:, -1])
 
-    def combined(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def combined(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         if not job.guided:
             return unguided(x, time)
         if guide.within is None:
             return guided(x, time)
         return lax.cond(guide.within, guided, unguided, x, time)
 
+    left: list[jax.Array | None] = []  # a sampler's row calls `denoise` once, and hands on only what is its own
+
     def denoise(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
         to_x0 = jnp.asarray(row.to_x0)
 
-        def lost(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            m, u = combined(x, time)
+        def lost(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None]]:
+            m, u, deep = combined(x, time)
             pictures = decode(job, params, to_x0[0] * x + to_x0[1] * m)
             assert job.loss is not None
-            return job.loss(pictures).sum(), (m, u)
+            return job.loss(pictures).sum(), (m, u, deep)
 
         if job.loss is None:
-            m, u = combined(x, time)
+            m, u, deep = combined(x, time)
         else:
-            gradient, (m, u) = jax.grad(lost, has_aux=True)(x)
+            gradient, (m, u, deep) = jax.grad(lost, has_aux=True)(x)
             m = m - guide.loss_scale * gradient / to_x0[1]
         if guide.threshold is not None:
             x0 = guidance.limit(to_x0[0] * x + to_x0[1] * m, guide.threshold, guide.quantile)
             m = (x0 - to_x0[0] * x) / to_x0[1]
+        left.append(deep)
         return m, u
 
     given = conditions.path if inputs.step_noise is None else inputs.step_noise
     if given is None:
-        normal = noise.normal(inputs.seeds, noise.STEP, number, registers.shape[2:])
+        normal = noise.normal(inputs.seeds, noise.STEP, number, state.registers.shape[2:])
     else:
         normal = lax.dynamic_index_in_dim(given, number, keepdims=False)
-    registers, x0 = sampler_rows.step(denoise, registers, row, normal)
+    registers, x0 = sampler_rows.step(denoise, state.registers, row, normal)
     if conditions.repaint is not None:
         assert conditions.clean is not None
         registers = sampler_rows.restore(registers, row, conditions.repaint, conditions.clean, conditions.noise)
-    return registers, x0
+    return State(registers, left[0]), x0
 
 
 def control(
@@ -340,9 +380,9 @@ def decode(job: Job, params: Params, latents: jax.Array) -> jax.Array:
     return apply(VAE(config, dtype), params["vae"], z, method="decode")
 
 
-def finish(job: Job, params: Params, inputs: Inputs, registers: jax.Array) -> Result:
-    """From the last registers to pixels, outside of the mask the original's; or to the latents themselves."""
-    latents = registers[0]
+def finish(job: Job, params: Params, inputs: Inputs, state: State) -> Result:
+    """From the last state to pixels, outside of the mask the original's; or to the latents themselves."""
+    latents = state.registers[0]
     sound = jnp.isfinite(latents).all((1, 2, 3))
     if not job.decode:
         return Result(latents, sound, sound)
@@ -381,18 +421,18 @@ def run(job: Job, params: Params, inputs: Inputs) -> Result:
     # Said while tracing, which happens once per program.
     told = "compiling for %d x %d pixels, batch %d, or fetching it from the cache: once per shape"
     logger.warning(told, job.width, job.height, len(inputs.seeds))
-    registers, conditions = start(job, params, inputs)
+    state, conditions = start(job, params, inputs)
 
-    def body(registers: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
-        def live(registers: jax.Array) -> jax.Array:
-            return step(job, params, inputs, conditions, registers, number)[0]
+    def body(state: State, number: jax.Array) -> tuple[State, None]:
+        def live(state: State) -> State:
+            return step(job, params, inputs, conditions, state, number)[0]
 
-        return lax.cond(inputs.rows.active[number], live, lambda registers: registers, registers), None
+        return lax.cond(inputs.rows.active[number], live, lambda state: state, state), None
 
-    # Under a gradient only the registers of each row are kept, and the UNet is computed again on the way back.
+    # Under a gradient only the state of each row is kept, and the UNet is computed again on the way back.
     body = jax.checkpoint(body, prevent_cse=False)
-    registers, _ = lax.scan(body, registers, jnp.arange(inputs.rows.active.shape[0]))
-    return finish(job, params, inputs, registers)
+    state, _ = lax.scan(body, state, jnp.arange(inputs.rows.active.shape[0]))
+    return finish(job, params, inputs, state)
 
 
 # One jit per function for the whole process: the cache of compiled programs is theirs.
@@ -418,10 +458,10 @@ def run_stepwise(job: Job, params: Params, inputs: Inputs) -> Iterator[Progress 
     live = np.flatnonzero(np.asarray(inputs.rows.active))
     steps = np.asarray(inputs.rows.step)[live]
     done, total = 0, len(np.unique(steps))
-    registers, conditions = _start(job, params, inputs)
+    state, conditions = _start(job, params, inputs)
     for i, number in enumerate(live):
-        registers, x0 = _step(job, params, inputs, conditions, registers, np.int32(number))
+        state, x0 = _step(job, params, inputs, conditions, state, np.int32(number))
         if i + 1 == len(live) or steps[i + 1] != steps[i]:  # a step may be several rows
             done += 1
             yield Progress(done, total, x0)
-    yield _finish(job, params, inputs, registers)
+    yield _finish(job, params, inputs, state)

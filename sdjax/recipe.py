@@ -62,6 +62,7 @@ class Recipe:
       latents_sha256: of start noise that was given in place of the seed's; only who has it can make the picture again.
       guidance: `guidance.Options` besides the rescale, those that are not None.
       exact_steps, brownian, vae_tile: as `sdjax.generate` takes them.
+      fast: `Fast`, what of it is not None.
       regions_sha256: of the weights of prompts by region; only who has the masks can make the picture again.
       controls: of each ControlNet its scale, interval and fingerprint; its picture is not in the recipe.
     """
@@ -98,6 +99,7 @@ class Recipe:
     regions_sha256: str | None = None
     controls: dict[str, Any] = dataclasses.field(default_factory=dict)
     vae_tile: int | None = None
+    fast: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def texts(recipe: Recipe) -> dict[str, str]:
@@ -240,6 +242,13 @@ def _options(name: str, value: Any) -> dict[str, Any]:
     return {key: tuple(option) if isinstance(option, list) else option for key, option in value.items()}
 
 
+def _fast(name: str, value: Any) -> dict[str, Any]:
+    checks = {"deep_cache": _whole(2, 1000)}
+    if not isinstance(value, dict) or not value.keys() <= checks.keys():
+        raise _wrong(name, f"an object with no more than {', '.join(checks)}", value)
+    return {field: checks[field](f"{name}.{field}", x) for field, x in value.items()}
+
+
 def _versions(name: str, value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or len(value) > 64:
         raise _wrong(name, "an object of at most 64 texts", value)
@@ -295,6 +304,7 @@ _FIELDS: dict[str, Any] = {
     "regions_sha256": _DIGEST,
     "controls": _controls,
     "vae_tile": _or_none(_PIXELS),
+    "fast": _fast,
 }
 
 

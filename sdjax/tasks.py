@@ -31,7 +31,9 @@ class Task(NamedTuple):
     controls: list[program.Control]  # of N pictures
 
 
-def inputs(task: Task, chosen: np.ndarray, rows: samplers.Rows, guide: Guide) -> Inputs:
+def inputs(
+    task: Task, chosen: np.ndarray, rows: samplers.Rows, guide: Guide, whole: np.ndarray | None = None
+) -> Inputs:
     """The program's arguments for the pictures of these numbers."""
     prompts = (task.prompt, task.negative, task.empty)
     prompt, negative, empty = jax.tree.map(lambda part: part[chosen], prompts)
@@ -49,6 +51,7 @@ def inputs(task: Task, chosen: np.ndarray, rows: samplers.Rows, guide: Guide) ->
         guide=guide,
         picture=picture,
         controls=tuple(program.Control(each.hint[chosen], each.scale) for each in task.controls),
+        whole=whole,
         start_noise=None if task.latents is None else task.latents[chosen],
     )
 
@@ -59,7 +62,7 @@ def place(inputs: Inputs, mesh: Mesh | None) -> Inputs:
         return inputs
     shared = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    common = {"rows", "guide"}
+    common = {"rows", "guide", "whole"}
     plain = {k: v for k, v in inputs._asdict().items() if k != "controls"}
     placed = {k: jax.device_put(v, everywhere if k in common else shared) for k, v in plain.items()}
     placed["controls"] = tuple(

@@ -166,6 +166,7 @@ def test_every_argument_of_generate_has_an_option(capsys):
     text = capsys.readouterr().out
     elsewhere = {
         "controls",
+        "fast",
         "guidance",
         "latents",
         "output_type",

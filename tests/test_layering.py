@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "sdjax"
-LOW = {"ops", "schedule", "guidance", "noise", "images", "tokenizer", "compilation_cache", "outputs", "options"}
+LOW = {"ops", "schedule", "guidance", "noise", "images", "tokenizer", "compilation_cache", "outputs", "options", "fast"}
 MAY = {
     **{room: set() for room in LOW},  # "sdjax" itself is the version
     "models": {"ops"},
@@ -20,13 +20,14 @@ MAY = {
     "pipeline": {"arguments", "models", "checkpoints", "tokenizer", "schedule", "samplers"},
     "tasks": {"canvas", "guidance", "images", "noise", "program", "prompts", "samplers"},
     "generation": {
-        "arguments", "canvas", "compilation_cache", "control", "guidance", "images", "pipeline", "program", "prompts",
-        "recipe", "samplers", "tasks",
+        "arguments", "canvas", "compilation_cache", "control", "fast", "guidance", "images", "pipeline", "program",
+        "prompts", "recipe", "samplers", "tasks",
     },
     "training": {"models", "ops", "schedule", "samplers", "guidance", "noise", "images", "tokenizer", "checkpoints"},
     "cli": {*LOW, "prompts", "checkpoints", "control", "generation", "pipeline", "recipe", "samplers"},
     "__init__": {
-        "checkpoints", "control", "generation", "guidance", "pipeline", "prompts", "samplers", "schedule", "spacings",
+        "checkpoints", "control", "fast", "generation", "guidance", "pipeline", "prompts", "samplers", "schedule",
+        "spacings",
     },
 }  # fmt: skip
 

@@ -159,6 +159,20 @@ class UpBlock(Level):
         return x
 
 
+def entrance(config: UNetConfig, dtype: Dtype, latents: jax.Array, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first map and the time, (B, C) -> (B, 4C), with the modules of whichever module calls it."""
+    width = config.channels[0]
+    time = TimeEmbedding(4 * width, dtype, name="time_embedding")(timestep_embedding(timesteps, width))
+    # Every residual block starts with the SiLU.
+    return Conv(width, dtype, name="conv_in")(latents.astype(dtype)), nn.silu(time)
+
+
+def exit_(config: UNetConfig, dtype: Dtype, x: jax.Array) -> jax.Array:
+    """From the last map to the output, likewise."""
+    x = nn.silu(GroupNorm(config.norm_groups, 1e-5, name="conv_norm_out")(x))
+    return Conv(config.out_channels, dtype, name="conv_out")(x).astype(jnp.float32)
+
+
 def way_down(
     config: UNetConfig,
     dtype: Dtype,
@@ -172,11 +186,8 @@ def way_down(
 
     hint: (B, h, w, C), added to the first map, or None. Also returns the skips, the levels' outputs and the time.
     """
-    width, last = config.channels[0], len(config.channels) - 1
-    time = TimeEmbedding(4 * width, dtype, name="time_embedding")(timestep_embedding(timesteps, width))
-    time = nn.silu(time)  # every residual block starts with it
-
-    x = Conv(width, dtype, name="conv_in")(latents.astype(dtype))
+    last = len(config.channels) - 1
+    x, time = entrance(config, dtype, latents, timesteps)
     x = x if hint is None else x + hint
     skips, levels = [x], []
     for i in range(last + 1):
@@ -218,7 +229,40 @@ class UNet(nn.Module):
             skips = [skip + more for skip, more in zip(skips, added, strict=True)]
             x = x + middle
         for i in range(last + 1):
+            if i == last:
+                self.sow("deep", "entering", x)
             x = UpBlock(config, last - i, dtype, name=f"up_blocks_{i}")(x, skips, time, context, key_mask)
             self.sow("intermediates", f"up_blocks_{i}", x)
-        x = nn.silu(GroupNorm(config.norm_groups, 1e-5, name="conv_norm_out")(x))
-        return Conv(config.out_channels, dtype, name="conv_out")(x).astype(jnp.float32)
+        return exit_(config, dtype, x)
+
+
+class ShallowUNet(nn.Module):
+    """The UNet's level at the latents' own size, with the UNet's parameters (Ma et al. 2023, DeepCache).
+
+    deep: (B, h, w, C), what came up from the levels below in another call of the UNet: what that leaves
+      in the collection "deep" as "entering".
+    added: a ControlNet's for this level's skips, or None. The rest is as in `UNet`.
+    """
+
+    config: UNetConfig
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        context: jax.Array,
+        deep: jax.Array,
+        key_mask: jax.Array | None = None,
+        added: list[jax.Array] | None = None,
+    ) -> jax.Array:
+        config, dtype, last = self.config, self.dtype, len(self.config.channels) - 1
+        context = context.astype(dtype)
+        x, time = entrance(config, dtype, latents, timesteps)
+        _, more = DownBlock(config, 0, dtype, name="down_blocks_0")(x, time, context, key_mask)
+        skips = [x, *more[: config.blocks_per_level]]  # not the halved one
+        if added is not None:
+            skips = [skip + each for skip, each in zip(skips, added, strict=True)]
+        x = UpBlock(config, 0, dtype, name=f"up_blocks_{last}")(deep.astype(dtype), skips, time, context, key_mask)
+        return exit_(config, dtype, x)
