@@ -8,12 +8,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from sdjax.models.low_rank import changes_of
 from sdjax.ops import winograd
 from sdjax.ops.attention import attention
 from sdjax.ops.convolution import Padding, convolution
+from sdjax.ops.matmul import matmul
 from sdjax.ops.normalization import group_norm, layer_norm
 
 Dtype = Any
@@ -22,12 +22,6 @@ Dtype = Any
 def apply(module: nn.Module, params: Any, *arguments: Any, **options: Any) -> Any:
     """What the module returns with these parameters."""
     return module.apply({"params": params}, *arguments, **options)
-
-
-def matmul(x: jax.Array, kernel: jax.Array, dtype: Dtype) -> jax.Array:
-    """(..., I), (I, O) -> (..., O) float32, of factors in `dtype`."""
-    contract_last = (((x.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(x.astype(dtype), kernel.astype(dtype), contract_last, preferred_element_type=jnp.float32)
 
 
 class Dense(nn.Module):

@@ -127,12 +127,14 @@ def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | N
     batch, length, heads, width = q.shape
     # The last block overlaps rather than being ragged.
     starts = jnp.array([min(i, length - size) for i in range(0, length, size)])
-    bias = jnp.zeros((batch, k.shape[1])) if key_mask is None else jnp.where(key_mask, 0.0, jnp.finfo(jnp.float32).min)
+    bias = None
+    if key_mask is not None:
+        bias = jnp.repeat(jnp.where(key_mask, 0.0, jnp.finfo(jnp.float32).min), heads, 0)
 
     def by_head(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x, 1, 2).reshape(batch * heads, x.shape[1], -1)
 
-    def head(arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    def head(arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
         q, k, v, bias = arrays
         # One more value, which is always 1: its weighted sum is what the weights sum up to.
         v = jnp.concatenate([v, jnp.ones_like(v[:, :1])], -1)
@@ -141,7 +143,9 @@ def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | N
         def block(start: jax.Array) -> jax.Array:
             queries = lax.dynamic_slice_in_dim(q, start, size)
             scores = lax.dot_general(queries, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            scores = scores / math.sqrt(width) + bias[None]
+            scores = scores / math.sqrt(width)
+            if bias is not None:
+                scores = scores + bias[None]
             weights = jnp.exp(scores - scores.max(-1, keepdims=True)).astype(v.dtype)
             out = lax.dot_general(weights, v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
             return (out[:, :width] / out[:, width:]).astype(q.dtype)
@@ -154,5 +158,5 @@ def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | N
 
     # Of one head they stay in a CPU's cache, five times faster; a GPU or TPU would idle.
     each = functools.partial(lax.map, head) if jax.default_backend() == "cpu" else jax.vmap(head)
-    out = each((by_head(q), by_head(k), by_head(v), jnp.repeat(bias, heads, 0)))
+    out = each((by_head(q), by_head(k), by_head(v), bias))
     return jnp.swapaxes(out.reshape(batch, heads, length, width), 1, 2)

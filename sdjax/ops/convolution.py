@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jax import lax
+
+from sdjax.ops.matmul import matmul
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -23,7 +24,5 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) 
       (B, H', W', O), of x's dtype.
     """
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == ((0, 0), (0, 0)):
-        # Only a result in float32 keeps XLA's CPU backend from widening bfloat16 factors first.
-        contract_last = (((3,), (0,)), ((), ()))
-        return lax.dot_general(x, kernel[0, 0], contract_last, preferred_element_type=jnp.float32).astype(x.dtype)
+        return matmul(x, kernel[0, 0], x.dtype).astype(x.dtype)
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sdjax.ops.matmul import matmul
+
 # The usual points of m = 4, which are 0, ±1 and ±2, have twice the error of these.
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
 
@@ -98,7 +100,7 @@ def convolution(x: jax.Array, prepared: Sequence[jax.Array]) -> jax.Array:
 
     each = [combine(weights, [rows(i) for i in range(n)]) for weights in to_places]
     tiles = [combine(weights, [columns(row, j) for j in range(n)]) for row in each for weights in to_places]
-    products = [multiply(tile, own) for tile, own in zip(tiles, prepared, strict=True)]
+    products = [matmul(tile, own, own.dtype) for tile, own in zip(tiles, prepared, strict=True)]
     halves = [
         jnp.stack([combine(weights, products[a * n : (a + 1) * n]) for weights in to_results], 3) for a in range(n)
     ]
@@ -138,7 +140,8 @@ def upsampled(x: jax.Array, prepared: Sequence[jax.Array], size: tuple[int, ...]
     kinds = (1, 0, 1)  # of the three products along an axis: of differences, of the map itself, of differences
 
     def product(a: int, b: int) -> jax.Array:
-        return multiply(maps[kinds[a], kinds[b]], prepared[3 * a + b])
+        matrix = prepared[3 * a + b]
+        return matmul(maps[kinds[a], kinds[b]], matrix, matrix.dtype)
 
     def interleave(first: jax.Array, middle: jax.Array, last: jax.Array, axis: int) -> jax.Array:
         length, cut = middle.shape[axis], size[axis - 1] % 2
@@ -153,13 +156,6 @@ def upsampled(x: jax.Array, prepared: Sequence[jax.Array], size: tuple[int, ...]
 
     first, middle, last = (interleave(product(a, 0), product(a, 1), product(a, 2), 2) for a in range(3))
     return interleave(first, middle, last, 1)[:, : size[0], : size[1]]
-
-
-def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """(B, h, w, I), (I, O) -> (B, h, w, O) float32."""
-    rows = x.reshape(-1, x.shape[-1]).astype(matrix.dtype)
-    product = lax.dot_general(rows, matrix, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return product.reshape(*x.shape[:3], -1)
 
 
 def combine(weights: Sequence[float], arrays: Sequence[jax.Array]) -> jax.Array:
