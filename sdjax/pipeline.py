@@ -115,12 +115,16 @@ class StableDiffusion:
 
         What they compute differs from `params`' by rounding alone.
         """
-        return self._fast(self.params)
+        return {part: self._fast(params) for part, params in self.params.items()}
 
     @functools.cached_property
     def prepared_controls(self) -> Params:
         """Likewise, by their names, the parameters of the ControlNets."""
         return {name: self._fast(net.params) for name, net in self.controls.items()}
+
+    def _only(self, part: str) -> Params:
+        """One part of `prepared`: who decodes does not wait for the UNet's kernels. What is made is kept for all."""
+        return {part: self._fast(self.params[part])}
 
     def _fast(self, params: Params) -> Params:
         return prepare(params, self.dtype, self._transformed) if jax.default_backend() == "cpu" else params
@@ -317,14 +321,14 @@ class StableDiffusion:
         key_mask: (B, S) bool, False for tokens of the context that do not count.
         """
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps, jnp.float32), latents.shape[:1])
-        return _unet(self.config, self.dtype, self.prepared, latents, timesteps, context, key_mask)
+        return _unet(self.config, self.dtype, self._only("unet"), latents, timesteps, context, key_mask)
 
     def encode_image(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(B, H, W, 3) in [-1, 1] -> mean and log-variance (B, h, w, z), before the scaling factor.
 
         The log-variance is clamped to [-30, 20].
         """
-        return _vae(self.config, self.dtype, self.prepared, "encode", images)
+        return _vae(self.config, self.dtype, self._only("vae"), "encode", images)
 
     def decode_latents(self, z: jax.Array, tile: int | None = None) -> jax.Array:
         """(B, h, w, z) latents before the scaling factor -> (B, H, W, 3), about [-1, 1], unclipped.
@@ -333,8 +337,8 @@ class StableDiffusion:
         """
         if tile is not None:
             tile = arguments.tile("tile", tile, self.config)
-            return _vae_tiled(self.config, self.dtype, self.prepared, z, tile)
-        return _vae(self.config, self.dtype, self.prepared, "decode", z)
+            return _vae_tiled(self.config, self.dtype, self._only("vae"), z, tile)
+        return _vae(self.config, self.dtype, self._only("vae"), "decode", z)
 
     def save(self, path: str | Path) -> None:
         """Writes config and weights, LoRAs merged, as one native safetensors file, whole or not at all.
