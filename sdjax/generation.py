@@ -108,7 +108,6 @@ def generate(
         not run.
       vae_tile: pixels, a multiple of the VAE's factor: pictures are decoded one at a time and in tiles of this side, in
         the memory that one tile takes. The picture is nearly the same (docs/fast.md). None decodes all at once.
-
       fast: ways to be faster that change the picture a little, see `sdjax.Fast`.
 
     Returns:

@@ -58,3 +58,9 @@ def tiny_file(tmp_path_factory):
 def tiny(tiny_file):
     """The model of `tiny_file`."""
     return pipeline.load(tiny_file)
+
+
+@pytest.fixture
+def no_disk_cache(monkeypatch):
+    """Programs are compiled, not fetched."""
+    monkeypatch.setenv("SDJAX_CACHE", "off")

@@ -12,14 +12,11 @@ from sdjax.models.config import TINY
 from sdjax.models.layers import apply
 from sdjax.models.unet import ShallowUNet, UNet
 
+pytestmark = pytest.mark.usefixtures("no_disk_cache")
+
 SIZE = {"height": 24, "width": 32}
 STEPS, SCALE = 5, 5.0
 START = np.random.default_rng(0).normal(size=(1, 12, 16, 4)).astype(np.float32)
-
-
-@pytest.fixture(autouse=True)
-def no_disk_cache(monkeypatch):
-    monkeypatch.setenv("SDJAX_CACHE", "off")
 
 
 @pytest.fixture

@@ -11,12 +11,9 @@ from PIL import Image
 import sdjax
 from sdjax import generation, guidance, noise, program, recipe, samplers
 
+pytestmark = pytest.mark.usefixtures("no_disk_cache")
+
 SMALL = {"height": 24, "width": 32, "num_inference_steps": 4}
-
-
-@pytest.fixture(autouse=True)
-def no_disk_cache(monkeypatch):
-    monkeypatch.setenv("SDJAX_CACHE", "off")
 
 
 @pytest.fixture

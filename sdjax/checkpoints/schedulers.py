@@ -47,20 +47,13 @@ def read(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
       KeyError: a beta schedule or prediction type that is not known.
       CheckpointError: a setting without which the pictures would be others.
     """
-    others = [
-        f"{name} is {fields[name]!r:.40}" for name, value in FIXED.items() if fields.get(name) not in (None, value)
-    ]
+    others = _unlike(FIXED, fields)
     spacing = fields.get("timestep_spacing")
     if spacing not in (None, *TIMESTEP_SPACINGS):
         others.append(f"timestep_spacing is {spacing!r:.40}")
     if others:
         raise CheckpointError(f"{path}: {', '.join(others)}; the samplers of sdjax do not have that")
-    passed_over = [
-        f"{name} is {fields[name]!r:.40}"
-        for name, value in PASSED_OVER.items()
-        if fields.get(name) not in (None, value)
-    ]
-    if passed_over:
+    if passed_over := _unlike(PASSED_OVER, fields):
         logger.warning("%s: %d settings are passed over: %s", path, len(passed_over), ", ".join(passed_over))
     # diffusers' own defaults, where the file leaves a field out.
     is_ddim = fields.get("_class_name") == "DDIMScheduler"
@@ -79,6 +72,13 @@ def read(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "prediction": PREDICTIONS[fields.get("prediction_type", "epsilon")],
     }
+
+
+def _unlike(expected: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
+    """The fields that are there and are not as expected, in words."""
+    return [
+        f"{name} is {fields[name]!r:.40}" for name, value in expected.items() if fields.get(name) not in (None, value)
+    ]
 
 
 def write(config: Config) -> dict[str, Any]:
