@@ -117,10 +117,14 @@ def write(
                 if not finite:
                     (overflown if is_finite(arrays[name]) else broken).add(name)
                 file.write(array.reshape(-1).view(np.uint8).data)
-            if broken or overflown:
+            if broken:
                 raise CheckpointError(
-                    f"{path}: not written: NaN or infinity in {len(broken)} tensors ({shorten(broken)}), and numbers"
-                    f" too large for {dtype} in {len(overflown)} ({shorten(overflown)})"
+                    f"{path}: not written: NaN or infinity in {len(broken)} tensors ({shorten(broken)})"
+                )
+            if overflown:
+                raise CheckpointError(
+                    f"{path}: not written: numbers too large for {dtype} in {len(overflown)} tensors"
+                    f" ({shorten(overflown)})"
                 )
             file.flush()
             os.fsync(file.fileno())

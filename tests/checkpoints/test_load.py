@@ -141,7 +141,7 @@ def test_numbers_too_large_for_the_dtype(tmp_path, params, shapes):
     largest = np.finfo(np.float32).max  # beyond bfloat16's
     unet = {**params["unet"], "conv_out": {**params["unet"]["conv_out"], "bias": np.full(4, largest)}}
     checkpoints.save(tmp_path / "a", {**params, "unet": unet}, TINY)
-    with pytest.raises(CheckpointError, match=rf"too large for bfloat16 in 1 \({NAME}\)"):
+    with pytest.raises(CheckpointError, match=rf"too large for bfloat16 in 1 tensors \({NAME}\)"):
         checkpoints.convert(tmp_path / "a", tmp_path / "b", shapes, dtype="bfloat16")
     with pytest.raises(CheckpointError, match=f"too large for bfloat16 in 1 tensors: {NAME}"):
         sdjax.load(tmp_path / "a", dtype="bfloat16")

@@ -4,6 +4,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 import sdjax
 from sdjax.checkpoints import CheckpointError, safetensors
@@ -104,7 +105,7 @@ def test_pictures_use_it(both):
 )
 def test_refusals(both, tensors, message):
     _, model, folder = both
-    safetensors.write(folder / "d.safetensors", tensors, {})
+    save_file(tensors, folder / "d.safetensors")
     with pytest.raises(CheckpointError, match=message):
         model.with_embedding(folder / "d.safetensors")
 
