@@ -24,6 +24,27 @@ def apply(module: nn.Module, params: Any, *arguments: Any, **options: Any) -> An
     return module.apply({"params": params}, *arguments, **options)
 
 
+def parameter(
+    module: nn.Module, name: str, initializer: nn.initializers.Initializer, shape: tuple[int, ...]
+) -> jax.Array:
+    """`module.param` without tracing the initializer where the array is there, which took a second of every start.
+
+    Without a random key it is zero: all that `sdjax.models.shapes` asks for is its shape.
+
+    Raises:
+      ValueError: the array that is there has another shape.
+    """
+    if module.has_variable("params", name):
+        found: jax.Array = module.get_variable("params", name)
+        if found.shape != shape:
+            raise ValueError(f"{'/'.join(module.path)}/{name}: expected the shape {shape}, got {found.shape}")
+        return found
+    if module.is_mutable_collection("params") and not module.has_rng("params"):
+        module.put_variable("params", name, jnp.zeros(shape))
+        return jnp.zeros(shape)
+    return module.param(name, initializer, shape)
+
+
 class Dense(nn.Module):
     """x W + b over the last axis, (..., I) -> (..., O); products are summed in float32."""
 
@@ -33,13 +54,13 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         out = matmul(x, kernel, self.dtype)
         for change in changes_of(self):
             low = matmul(x, change["down"], self.dtype)
             out = out + change["weight"] * matmul(low, change["up"], self.dtype)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
             out = out + bias.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
         return out.astype(self.dtype)
 
@@ -71,13 +92,13 @@ class Conv(nn.Module):
                 out = winograd.upsampled(x, prepared, self.doubled)
         else:
             shape = (self.size, self.size, x.shape[-1], self.features)
-            kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+            kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape)
             out = convolution(taken, kernel.astype(dtype), self.stride, self.padding)
         for change in changes:
             low = convolution(taken, change["down"].astype(dtype), self.stride, self.padding)
             out = out + (change["weight"] * matmul(low, change["up"], dtype)).astype(out.dtype)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
             out = out + bias.astype(out.dtype).reshape(1, 1, 1, -1)
         return out.astype(dtype)
 
@@ -93,6 +114,20 @@ def repeated(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
     return x[:, : size[0], : size[1]]
 
 
+class Embedding(nn.Module):
+    """A learnt vector for each of `size` numbers: (...) int32 -> (..., width). NaN beyond the last one."""
+
+    size: int
+    width: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        draw = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+        table = parameter(self, "embedding", draw, (self.size, self.width))
+        return jnp.take(table.astype(self.dtype), ids, axis=0)
+
+
 class GroupNorm(nn.Module):
     """`sdjax.ops.normalization.group_norm` with its parameters."""
 
@@ -101,8 +136,8 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
         return group_norm(x, scale, bias, self.groups, self.epsilon)
 
 
@@ -113,8 +148,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
         return layer_norm(x, scale, bias, self.epsilon)
 
 

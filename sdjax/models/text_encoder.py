@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.models.config import TextEncoderConfig
-from sdjax.models.layers import Dense, Dtype, LayerNorm
+from sdjax.models.layers import Dense, Dtype, Embedding, LayerNorm
 from sdjax.ops.attention import attention
 
 
@@ -83,8 +83,8 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, token_ids: jax.Array) -> jax.Array:
         config = self.config
-        tokens = nn.Embed(config.vocab_size, config.width, dtype=self.dtype, name="token_embedding")(token_ids)
-        positions = nn.Embed(config.max_positions, config.width, dtype=self.dtype, name="position_embedding")
+        tokens = Embedding(config.vocab_size, config.width, self.dtype, name="token_embedding")(token_ids)
+        positions = Embedding(config.max_positions, config.width, self.dtype, name="position_embedding")
         return tokens + positions(jnp.arange(token_ids.shape[1]))[None]
 
 
