@@ -306,7 +306,7 @@ def export(pictures: Pictures, run: Path, model: Path, judge: Path, start: Path 
     _, scale = encode_all(pictures, vae)
     config = dataclasses.replace(CONFIG, vae=dataclasses.replace(CONFIG.vae, scaling_factor=scale))
     params = {"text_encoder": clip["text_encoder"], "unet": unet, "vae": vae}
-    native.save(model, params, config, dtype="bfloat16")
+    native.save(model, params, config, dtype="bfloat16", targets=shapes(config))
 
 
 def main() -> None:
