@@ -34,6 +34,7 @@ import optax
 
 from sdjax.checkpoints import native, safetensors
 from sdjax.models.config import Config, TextEncoderConfig, UNetConfig, VAEConfig
+from sdjax.models.shapes import shapes
 from sdjax.models.text_encoder import TextEncoder
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE

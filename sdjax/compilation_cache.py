@@ -22,7 +22,7 @@ import shutil
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,51 @@ def enabled() -> Iterator[None]:
             _inside -= 1
             if _inside == 0:
                 _restore()
+
+
+def is_ours() -> bool:
+    """Whether programs are kept in our folder now: within `enabled`, where it can be used."""
+    return bool(_before)
+
+
+@contextlib.contextmanager
+def without_jax() -> Iterator[None]:
+    """Within `enabled`, what is compiled within this is neither looked up nor kept by JAX itself."""
+    with _lock:
+        _update({_SWITCH: False})
+    try:
+        yield
+    finally:
+        with _lock:
+            _update({_SWITCH: True})
+
+
+def find(name: str) -> bytes | None:
+    """What `keep` put there under this name."""
+    return _read_or_warn(lambda store: store.get(name))
+
+
+def keep(name: str, value: bytes) -> None:
+    """Puts it into the cache, and of what has not been used for longest as much out as it takes."""
+    _read_or_warn(lambda store: store.put(name, value))
+
+
+def forget(name: str) -> None:
+    """Takes it out of the cache."""
+    for ending in (_ENTRY, _LAST_USE):
+        with contextlib.suppress(OSError):
+            (Path(_before["ours"]) / (name + ending)).unlink(missing_ok=True)
+
+
+def _read_or_warn(ask: Callable[[Any], bytes | None]) -> bytes | None:
+    """What JAX's own store says to this, or nothing where the disk or another process is in the way."""
+    from jax._src.lru_cache import LRUCache  # it has no public name, and counts what JAX keeps beside ours
+
+    try:
+        return ask(LRUCache(_before["ours"], max_size=_limit()))
+    except (OSError, ValueError) as error:  # a time of last use that is none is a ValueError
+        _warn_once(f"compiled programs are not kept in {_before['ours']}: {error}")
+        return None
 
 
 def _switch_on() -> None:

@@ -337,7 +337,7 @@ def _run_stepwise(job: Job, params: Any, inputs: Inputs, progress: bool, callbac
 def _sound(result: Result, first: int) -> list[np.ndarray]:
     """The pictures of a chunk, on the host; refused if they hold what is not finite."""
     for stage, finite in (("the UNet's latents", result.finite_latents), ("the VAE's pixels", result.finite_pixels)):
-        if not np.all(finite):
+        if not np.asarray(finite).all():
             number = first + int(np.argmin(finite))
             raise FloatingPointError(
                 f"picture {number}: {stage} are not finite numbers; look at the weights, or load with dtype='float32'"

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from sdjax import guidance, noise
+from sdjax.executables import Kept
 from sdjax.models import tiled
 from sdjax.models.config import Config
 from sdjax.models.controlnet import ControlNet, hint_channels
@@ -435,11 +436,16 @@ def run(job: Job, params: Params, inputs: Inputs) -> Result:
     return finish(job, params, inputs, state)
 
 
-# One jit per function for the whole process: the cache of compiled programs is theirs.
-run_scanned = jax.jit(run, static_argnums=0)
-_start = jax.jit(start, static_argnums=0)
-_step = jax.jit(step, static_argnums=0, donate_argnums=4)
-_finish = jax.jit(finish, static_argnums=0)
+def _identity(job: Job) -> str | None:
+    """A text that only this job has; of a function there is none."""
+    return repr(job) if job.loss is None else None
+
+
+# One of each for the whole process: the compiled programs are theirs.
+run_scanned = Kept(run, _identity)
+_start = Kept(start, _identity)
+_step = Kept(step, _identity, donate_argnums=(4,))
+_finish = Kept(finish, _identity)
 
 
 class Progress(NamedTuple):
@@ -460,7 +466,7 @@ def run_stepwise(job: Job, params: Params, inputs: Inputs) -> Iterator[Progress 
     done, total = 0, len(np.unique(steps))
     state, conditions = _start(job, params, inputs)
     for i, number in enumerate(live):
-        state, x0 = _step(job, params, inputs, conditions, state, np.int32(number))
+        state, x0 = _step(job, params, inputs, conditions, state, jax.device_put(np.int32(number)))
         if i + 1 == len(live) or steps[i + 1] != steps[i]:  # a step may be several rows
             done += 1
             yield Progress(done, total, x0)

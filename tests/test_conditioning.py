@@ -109,10 +109,10 @@ def test_markup_of_weight_1_changes_no_bit(make):
 
 def test_switching_points_and_weights_compile_nothing(make):
     make("a [cat:dog:2] AND (a:1.1) hat:0.5")
-    size = program.run_scanned._cache_size()
+    size = program.run_scanned.jitted._cache_size()
     make("a [bird|fox] AND (b:1.3) shoe:2")
     make("[one:two:0.25] AND three")
-    assert program.run_scanned._cache_size() == size
+    assert program.run_scanned.jitted._cache_size() == size
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_outside_of_the_interval_half_is_not_computed(tiny):
     def text(within):
         guide = program.Guide(np.full(64, SCALE, np.float32), np.float32(0), within)
         inputs = program.Inputs(prompt, negative, None, noise.seed_words([1]), rows, guide)
-        return program.run_scanned.lower(job, tiny.params, inputs).as_text()
+        return program.run_scanned.jitted.lower(job, tiny.params, inputs).as_text()
 
     with_one, with_both = text(None), text(np.ones(64, bool))
     assert with_both.count("stablehlo.case") == with_one.count("stablehlo.case") + 1

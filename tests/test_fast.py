@@ -120,9 +120,9 @@ def test_with_an_interval_and_perturbed_attention(make):
 
 def test_another_interval_compiles_nothing(make):
     make(every=2)
-    size = program.run_scanned._cache_size()
+    size = program.run_scanned.jitted._cache_size()
     make(every=3)
-    assert program.run_scanned._cache_size() == size
+    assert program.run_scanned.jitted._cache_size() == size
 
 
 def test_which_calls_are_whole():

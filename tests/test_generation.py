@@ -229,9 +229,9 @@ def test_nothing_compiles_anew(make, compilations):
 
 def test_strength_compiles_nothing(make, photo):
     make(image=photo, strength=0.5)
-    size = program.run_scanned._cache_size()
+    size = program.run_scanned.jitted._cache_size()
     make(image=255 - photo, strength=0.9, num_inference_steps=30, sampler="euler")
-    assert program.run_scanned._cache_size() == size
+    assert program.run_scanned.jitted._cache_size() == size
 
 
 def test_says_that_it_compiles(make, caplog):
@@ -308,10 +308,10 @@ def test_nan_is_an_error(make, tiny):
 def test_refusals_before_anything_is_compiled(make, photo, mask, options, words):
     stand_in = {"image": photo, "mask_image": mask}
     options = {name: stand_in[name] if value is True else value for name, value in options.items()}
-    size = program.run_scanned._cache_size()
+    size = program.run_scanned.jitted._cache_size()
     with pytest.raises(ValueError, match=words):
         make(**options)
-    assert program.run_scanned._cache_size() == size
+    assert program.run_scanned.jitted._cache_size() == size
 
 
 def test_an_empty_prompt_is_allowed(make):

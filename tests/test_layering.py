@@ -16,7 +16,8 @@ MAY = {
     "arguments": {"models.config", "tokenizer"},
     "canvas": {"arguments", "images", "models.config"},
     "control": {"guidance", "images"},
-    "program": {"models", "samplers", "guidance", "noise", "prompts"},
+    "executables": {"compilation_cache"},
+    "program": {"executables", "models", "samplers", "guidance", "noise", "prompts"},
     "pipeline": {"arguments", "models", "checkpoints", "tokenizer", "schedule", "samplers"},
     "tasks": {"canvas", "guidance", "images", "noise", "program", "prompts", "samplers"},
     "generation": {

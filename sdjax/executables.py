@@ -1,0 +1,149 @@
+"""Compiled programs that are found again before they are traced, so that a second process starts at once.
+
+JAX's cache knows a program by its HLO, which takes seconds of Python to make. Here it is known by what the HLO is made
+from: the static argument, the shapes of the others, this package's source, and the settings, versions and device.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import pickle
+import platform
+import threading
+from collections.abc import Callable, Hashable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import jax
+from jax.experimental import serialize_executable
+
+from sdjax import compilation_cache
+
+logger = logging.getLogger(__name__)
+
+Given = ParamSpec("Given")
+Returned = TypeVar("Returned")
+Compiled = Callable[..., Any]
+_compiling = threading.Lock()  # what two threads want is compiled once
+
+
+class Kept(Generic[Given, Returned]):
+    """`jax.jit(function, static_argnums=0)` whose programs are kept on disk, whole, where our cache is switched on.
+
+    Elsewhere it is that jit: also in a trace, over several devices, and for static arguments without an identity.
+    """
+
+    def __init__(
+        self,
+        function: Callable[Given, Returned],
+        identity: Callable[[Any], str | None],
+        donate_argnums: tuple[int, ...] = (),
+    ) -> None:
+        """`identity` gives a text that only equal static arguments have, in any process; None where there is none."""
+        self.jitted = jax.jit(function, static_argnums=0, donate_argnums=donate_argnums)
+        self._name = function.__name__
+        self._identity = identity
+        self._donated = donate_argnums
+        self._known: dict[Hashable, Compiled] = {}
+
+    def __call__(self, *given: Given.args, **named: Given.kwargs) -> Returned:
+        static, *arguments = given
+        found = self._program(static, tuple(arguments))
+        result: Returned = self.jitted(*given, **named) if found is None else found(*arguments)
+        return result
+
+    def prepare(self, *given: Given.args, **named: Given.kwargs) -> None:
+        """Compiles the program of such arguments where it is not kept yet, and does not run it."""
+        static, *arguments = given
+        if self._program(static, tuple(arguments)) is None:
+            self.jitted.lower(*given, **named).compile()
+
+    def _program(self, static: Any, arguments: tuple[Any, ...]) -> Compiled | None:
+        identity = self._identity(static)
+        if identity is None or not compilation_cache.is_ours() or getattr(jax.config, "jax_disable_jit"):  # noqa: B009 - it has no type
+            return None
+        leaves, tree = jax.tree.flatten(arguments)
+        if any(isinstance(leaf, jax.core.Tracer) or _lies_elsewhere(leaf) for leaf in leaves):
+            return None
+        kinds = tuple(jax.api_util.shaped_abstractify(leaf) for leaf in leaves)
+        settings = _settings()
+        known = (static, tree, kinds, settings)
+        if known not in self._known:
+            text = "\n".join([identity, str(tree), *map(repr, kinds), repr(self._donated), settings, _here()])
+            name = f"sdjax-{self._name.strip('_')}-{hashlib.sha256(text.encode()).hexdigest()}"
+            with _compiling:
+                if known not in self._known:
+                    self._known[known] = _read(name, arguments) or self._compile(name, static, arguments)
+        return self._known[known]
+
+    def _compile(self, name: str, static: Any, arguments: tuple[Any, ...]) -> Compiled:
+        # A program out of JAX's own cache cannot be written again (on a CPU it lacks functions then).
+        with compilation_cache.without_jax():
+            compiled = self.jitted.lower(static, *arguments).compile()
+        data, _, tree = serialize_executable.serialize(compiled)
+        # Trees of named tuples cannot be pickled, but what has such a tree can.
+        text = pickle.dumps((jax.tree.unflatten(tree, range(tree.num_leaves)), data))
+        compilation_cache.keep(name, hashlib.sha256(text).digest() + text)
+        return compiled
+
+
+def _read(name: str, arguments: tuple[Any, ...]) -> Compiled | None:
+    """The program of this name; None where there is none, or none that can be used."""
+    text = compilation_cache.find(name)
+    if text is None:
+        return None
+    try:
+        if hashlib.sha256(text[32:]).digest() != text[:32]:
+            raise ValueError("it is damaged")
+        template, data = pickle.loads(text[32:])
+        trees = jax.tree.structure((arguments, {})), jax.tree.structure(template)
+        compiled: Compiled = serialize_executable.deserialize_and_load(
+            data, *trees, execution_devices=jax.devices()[:1]
+        )
+        return compiled
+    except Exception as error:  # whatever it is, the program can be compiled again
+        logger.warning("a compiled program could not be used and is made again: %s", error)
+        compilation_cache.forget(name)
+        return None
+
+
+def _lies_elsewhere(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and leaf.devices() != {jax.devices()[0]}
+
+
+def _settings() -> str:
+    """JAX's and XLA's; those of threads and contexts, too."""
+    names = [name for name in sorted(jax.config.values) if "cache" not in name]
+    options = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    return repr([*((name, getattr(jax.config, name, None)) for name in names), *options])
+
+
+@functools.cache
+def _here() -> str:
+    """What else a program depends on: source, versions, machine."""
+    source = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        source.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return repr([
+        source.hexdigest(),
+        [version(package) for package in ("jax", "jaxlib", "flax", "numpy")],
+        platform.python_version(),
+        (device.platform, device.device_kind, device.client.platform_version, jax.device_count(), cores),
+        _instructions(),
+    ])  # fmt: skip
+
+
+def _instructions() -> str:
+    """What this machine's processor can do: a home folder may be shared by several."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return " ".join(line for line in lines if line.startswith(("flags", "Features")))[:10_000]
