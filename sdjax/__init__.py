@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sdjax.checkpoints.errors import CheckpointError as CheckpointError
     from sdjax.control import Control as Control
     from sdjax.fast import Fast as Fast
+    from sdjax.generation import compile as compile
     from sdjax.generation import generate as generate
     from sdjax.pipeline import StableDiffusion as StableDiffusion
     from sdjax.pipeline import load as load
@@ -27,6 +28,7 @@ _HOMES = {
     "Fast": "sdjax.fast",
     "Schedule": "sdjax.schedule",
     "StableDiffusion": "sdjax.pipeline",
+    "compile": "sdjax.generation",
     "generate": "sdjax.generation",
     "guidance": "sdjax",
     "load": "sdjax.pipeline",

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a prompt's letters, in a terminal without them
     try:
         arguments = options.parser().parse_args(argv)
-        commands = {"generate": _generate, "convert": _convert, "info": _info, "cache": _cache}
+        commands = {"generate": _generate, "compile": _compile, "convert": _convert, "info": _info, "cache": _cache}
         commands[arguments.command](arguments)
         sys.stdout.flush()
         return 0
@@ -97,7 +97,6 @@ def _told(error: Exception) -> str:
 
 def _generate(arguments: argparse.Namespace) -> None:
     from sdjax import images, outputs, recipe
-    from sdjax.checkpoints import hub
 
     old = None if arguments.source is None else recipe.read(arguments.source)
     prompts = _prompts(arguments, old)
@@ -106,6 +105,52 @@ def _generate(arguments: argparse.Namespace) -> None:
     if seeds[-1] > options.LARGEST_SEED:
         raise ValueError(f"--seed: the last of {len(seeds)} pictures would get a seed above 2^64 - 1")
     targets = outputs.targets(arguments.output, prompts, seeds)
+    model, settings = _loaded(arguments, old)
+    if old is not None and len(prompts) == 1 and arguments.batch_size is None:
+        pictures: Iterator[Image.Image] = iter([_again(old, prompts[0], first, model, settings)])
+    else:
+        pictures = _in_chunks(prompts, seeds, _batch(arguments, old, prompts), settings)
+    for picture, target in zip(pictures, targets, strict=True):
+        if arguments.output is None or os.path.isdir(arguments.output):
+            target = outputs.free(target)  # another run may have taken the name meanwhile
+        text = {key: picture.info[key] for key in (recipe.PARAMETERS, recipe.KEY)}
+        images.save_image(target, picture, text)
+        print(target, flush=True)
+        if target.suffix.lower() != ".png":
+            _say(f"note: {target} carries no recipe; a .png does")
+        if old is not None and len(targets) == 1:
+            _compare(arguments, old, picture)
+
+
+def _compile(arguments: argparse.Namespace) -> None:
+    from sdjax import compilation_cache
+
+    if compilation_cache.location() is None:
+        raise ValueError("SDJAX_CACHE: the cache is switched off, so the programs would be kept nowhere")
+    arguments.prompts = arguments.prompts or ([""] if arguments.prompts_file is None else [])
+    prompts = _prompts(arguments, None)
+    _, settings = _loaded(arguments, None)
+
+    from sdjax import generation
+
+    size = _batch(arguments, None, prompts)
+    for progress in (False, True):
+        settings["progress"] = progress
+        generation.compile(prompts[:size], seed=arguments.seed, batch_size=size, **settings)
+
+
+def _batch(arguments: argparse.Namespace, old: Recipe | None, prompts: list[str]) -> int:
+    """How many pictures are made at once."""
+    from sdjax import plan
+
+    return arguments.batch_size or (old.batch if old else min(len(prompts), plan.DEFAULT_BATCH))
+
+
+def _loaded(arguments: argparse.Namespace, old: Recipe | None) -> tuple[StableDiffusion, dict[str, Any]]:
+    """The model, and the arguments of `generate`, the model among them: those given, on top of an old recipe's."""
+    from sdjax import recipe
+    from sdjax.checkpoints import hub
+
     settings = _settings(arguments, old)
     if old is not None and arguments.model is None and old.model.split(" + ")[0] != "default":
         raise ValueError(f"--model: the picture was made with {old.model!r}; say where that file is")
@@ -117,7 +162,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--model: there is no {arguments.model}")
 
     # From here on it takes seconds.
-    from sdjax import control, fast, generation, guidance, pipeline
+    from sdjax import control, fast, guidance, pipeline, plan
 
     model = pipeline.load(arguments.model, dtype=arguments.dtype or (old.dtype if old else None))
     if arguments.vae is not None:
@@ -135,7 +180,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if controls:
         settings["controls"] = controls
     if old is not None:
-        for difference in recipe.differences(old, model, generation.versions()):
+        for difference in recipe.differences(old, model, plan.versions()):
             _say(difference)
     wanted = {} if old is None else {"rescale": old.rescale, **old.guidance}
     for name in ("rescale", "interval", "threshold", "quantile", "perpendicular", "perturbed", "image_scale"):
@@ -151,21 +196,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         "sampler": _sampler(arguments, old, model),
         "guidance": guidance.Options(**wanted),
     }
-    if old is not None and len(prompts) == 1 and arguments.batch_size is None:
-        pictures: Iterator[Image.Image] = iter([_again(old, prompts[0], first, model, settings)])
-    else:
-        size = arguments.batch_size or (old.batch if old else min(len(prompts), generation.DEFAULT_BATCH))
-        pictures = _in_chunks(prompts, seeds, size, settings)
-    for picture, target in zip(pictures, targets, strict=True):
-        if arguments.output is None or os.path.isdir(arguments.output):
-            target = outputs.free(target)  # another run may have taken the name meanwhile
-        text = {key: picture.info[key] for key in (recipe.PARAMETERS, recipe.KEY)}
-        images.save_image(target, picture, text)
-        print(target, flush=True)
-        if target.suffix.lower() != ".png":
-            _say(f"note: {target} carries no recipe; a .png does")
-        if old is not None and len(targets) == 1:
-            _compare(arguments, old, picture)
+    return model, settings
 
 
 def _prompts(arguments: argparse.Namespace, old: Recipe | None) -> list[str]:

@@ -44,6 +44,13 @@ Every PNG carries its recipe; `sdjax info fox.png` shows it. What is written is 
 """
 
 
+COMPILE_NOTES = """\
+A program is made for the kind of model, the size, the batch, prompts up to 75 tokens or of more, every 64 steps of a
+sampler, and for what is switched on: guidance and its kinds, pictures, masks, ControlNets. Texts, seeds, weights and
+numbers are nothing to it. Both are made: with a bar, and for where there is no terminal.
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """One style for all; no abbreviations, which a new option would make ambiguous."""
 
@@ -74,7 +81,23 @@ def parser() -> argparse.ArgumentParser:
         help="make pictures",
     )
     generate.set_defaults(command="generate")
-    _add_generate(generate)
+    what = _add_what(generate)
+    what.add_argument("--seed", type=_number(int, 0, LARGEST_SEED), help="picture i gets SEED + i (default: random)")
+    again = "make this picture again; other options change its recipe"
+    what.add_argument("--from", dest="source", metavar="PNG", help=again)
+    _add_how(generate)
+    _add_output(generate)
+
+    ahead = commands.add_parser(
+        "compile",
+        usage="%(prog)s [PROMPT ...] [options]",
+        description="Compiles what `sdjax generate` would run with these options, so that it starts at once.",
+        epilog=COMPILE_NOTES,
+        help="compile programs ahead of time",
+    )
+    ahead.set_defaults(command="compile", source=None, seed=0, no_progress=True)
+    _add_what(ahead)
+    _add_how(ahead)
 
     convert = commands.add_parser(
         "convert",
@@ -114,22 +137,21 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("what to make").add_argument
+def _add_what(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("what to make")
+    add = group.add_argument
     whole = _number(int, 1)
     pixels: dict[str, Any] = {"type": _number(int, 1), "metavar": "PIXELS"}
     add("prompts", metavar="PROMPT", nargs="*", help="a text, in quotes; several make several pictures")
     add("--prompts-file", metavar="FILE", help="texts, one a line; - is standard input")
     add("--negative-prompt", metavar="TEXT", help="what to keep away from")
     add("--images-per-prompt", metavar="N", type=whole, default=1, help="pictures of each prompt (default: 1)")
-    add("--seed", type=_number(int, 0, LARGEST_SEED), help="picture i gets SEED + i (default: a random one)")
     add(
         "--height",
         **pixels,
         help="a multiple of 8, with the model that ships of 4 (default: the model's, or the image's)",
     )
     add("--width", **pixels, help="likewise")
-    add("--from", dest="source", metavar="PNG", help="make this picture again; other options change its recipe")
 
     add = parser.add_argument_group("from a picture").add_argument
     add("--image", metavar="FILE", help="the picture to start from")
@@ -141,7 +163,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--mask-blur", type=_number(float, 0), metavar="PIXELS", help="soften the mask's edge (default: 0)")
     crop = "work at the full size on the masked part only, with so much around it"
     add("--padding-mask-crop", type=_number(int, 0), metavar="PIXELS", help=crop)
+    return group
 
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
+    whole = _number(int, 1)
     add = parser.add_argument_group("how").add_argument
     add("--model", metavar="PATH", help="a checkpoint: file, folder or name on the hub (default: the model that ships)")
     add("--vae", metavar="PATH", help="another autoencoder for the model: file or folder")
@@ -184,9 +210,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     deep = "run the whole UNet in every N-th call only: faster, a similar picture (DeepCache)"
     add("--deep-cache", type=_number(int, 2, 1000), metavar="N", help=deep)
     tile = "decode one picture at a time, in tiles of this side: less memory, nearly the same picture"
-    add("--vae-tile", **pixels, help=tile)
+    add("--vae-tile", type=whole, metavar="PIXELS", help=tile)
     add("--batch-size", type=whole, metavar="N", help="pictures at once (default: their number, at most 8)")
 
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     path = (
         "a file, .png, .jpg or .webp; for several pictures a folder, or a name with {i} or {seed} in it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -446,6 +447,15 @@ run_scanned = Kept(run, _identity)
 _start = Kept(start, _identity)
 _step = Kept(step, _identity, donate_argnums=(4,))
 _finish = Kept(finish, _identity)
+
+
+def prepare_stepwise(job: Job, params: Params, inputs: Inputs) -> None:
+    """Compiles what `run_stepwise` runs, and runs nothing."""
+    state, conditions = jax.eval_shape(functools.partial(start, job), params, inputs)
+    _start.prepare(job, params, inputs)
+    number: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    _step.prepare(job, params, inputs, conditions, state, number)
+    _finish.prepare(job, params, inputs, state)
 
 
 class Progress(NamedTuple):

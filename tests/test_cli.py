@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import sdjax
-from sdjax import checkpoints, cli, generation, images, options, outputs, pipeline, recipe, samplers
+from sdjax import checkpoints, cli, generation, images, options, outputs, pipeline, plan, recipe, samplers
 from sdjax.models.config import TINY
 from sdjax.schedule import PREDICTIONS
 from sdjax.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def made(monkeypatch):
 
     monkeypatch.setattr(pipeline, "load", load)
     monkeypatch.setattr(generation, "generate", generate)
-    monkeypatch.setattr(generation, "versions", lambda: dict(VERSIONS))
+    monkeypatch.setattr(plan, "versions", lambda: dict(VERSIONS))
     return calls
 
 

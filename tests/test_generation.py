@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import sdjax
-from sdjax import generation, guidance, noise, program, recipe, samplers
+from sdjax import guidance, noise, plan, program, recipe, samplers
 
 pytestmark = pytest.mark.usefixtures("no_disk_cache")
 
@@ -339,4 +339,4 @@ def test_pictures_of_other_sizes_are_resized(make):
 
 
 def test_versions_name_the_device():
-    assert generation.versions()["platform"] == jax.default_backend()
+    assert plan.versions()["platform"] == jax.default_backend()

@@ -20,12 +20,15 @@ MAY = {
     "program": {"executables", "models", "samplers", "guidance", "noise", "prompts"},
     "pipeline": {"arguments", "models", "checkpoints", "tokenizer", "schedule", "samplers"},
     "tasks": {"canvas", "guidance", "images", "noise", "program", "prompts", "samplers"},
+    "plan": {
+        "arguments", "canvas", "control", "fast", "guidance", "images", "pipeline", "program", "prompts", "recipe",
+        "samplers", "tasks",
+    },
     "generation": {
-        "arguments", "canvas", "compilation_cache", "control", "fast", "guidance", "images", "pipeline", "program",
-        "prompts", "recipe", "samplers", "tasks",
+        "canvas", "compilation_cache", "control", "fast", "guidance", "pipeline", "plan", "program", "samplers",
     },
     "training": {"models", "ops", "schedule", "samplers", "guidance", "noise", "images", "tokenizer", "checkpoints"},
-    "cli": {*LOW, "prompts", "checkpoints", "control", "generation", "pipeline", "recipe", "samplers"},
+    "cli": {*LOW, "prompts", "checkpoints", "control", "generation", "pipeline", "plan", "recipe", "samplers"},
     "__init__": {
         "checkpoints", "control", "fast", "generation", "guidance", "pipeline", "prompts", "samplers", "schedule",
         "spacings",
