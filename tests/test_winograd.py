@@ -43,7 +43,7 @@ def error(found, expected):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("dtype", "m"), ERRORS)
 def test_convolution(size, dtype, m):
-    own = winograd.prepare(jnp.asarray(kernel()), m, dtype)
+    own = winograd.prepare(kernel(), m, dtype)
     assert error(winograd.convolution(picture(size), own), by_torch(picture(size), kernel())) < ERRORS[dtype, m]
 
 
@@ -52,13 +52,13 @@ def test_convolution(size, dtype, m):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_convolution_of_a_doubled_map(size, cut, dtype):
     doubled = 2 * size[0] - cut[0], 2 * size[1] - cut[1]
-    own = winograd.prepare_upsampled(jnp.asarray(kernel()), dtype)
+    own = winograd.prepare_upsampled(kernel(), dtype)
     expected = by_torch(picture(size), kernel(), doubled)
     assert error(winograd.upsampled(picture(size), own, doubled), expected) < ERRORS[dtype, 2]
 
 
 def test_its_gradient_is_the_convolutions():
-    x, own = jnp.asarray(picture((6, 7))), winograd.prepare(jnp.asarray(kernel()), 4, "float32")
+    x, own = jnp.asarray(picture((6, 7))), winograd.prepare(kernel(), 4, "float32")
     found = jax.grad(lambda x: jnp.sin(winograd.convolution(x, own)).sum())(x)
     theirs = torch.from_numpy(picture((6, 7))).double().requires_grad_()
     convolved = functional.conv2d(

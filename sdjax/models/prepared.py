@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from sdjax.ops import winograd
 
@@ -35,9 +36,9 @@ def prepare(params: Params, dtype: str, known: Known) -> Params:
       known: what is made is kept here, by the kernel's identity beside the kernel, and taken from here the next time.
     """
 
-    def kept(kernel: jax.Array, transform: Callable[..., list[jax.Array]], *arguments: Any) -> list[jax.Array]:
+    def kept(kernel: jax.Array, transform: Callable[..., list[np.ndarray]], *arguments: Any) -> list[jax.Array]:
         if id(kernel) not in known:
-            known[id(kernel)] = kernel, transform(kernel, *arguments)
+            known[id(kernel)] = kernel, jax.device_put(transform(np.asarray(kernel), *arguments))
         return known[id(kernel)][1]
 
     def visit(node: Params, parent: str, name: str) -> Params:
@@ -47,9 +48,9 @@ def prepare(params: Params, dtype: str, known: Known) -> Params:
         if kernel is not None and kernel.ndim == 4 and min(kernel.shape[2:]) >= FEWEST_CHANNELS:
             rest = {key: value for key, value in node.items() if key != "kernel"}
             if parent.startswith("upsamplers") and name == "conv":
-                return {**rest, "winograd": kept(kernel, _upsampled, dtype)}
+                return {**rest, "winograd": kept(kernel, winograd.prepare_upsampled, dtype)}
             if parent.startswith("resnets") and name in ("conv1", "conv2"):
-                return {**rest, "winograd": kept(kernel, _plain, _tile(kernel, dtype), dtype)}
+                return {**rest, "winograd": kept(kernel, winograd.prepare, _tile(kernel, dtype), dtype)}
         return {key: visit(child, name, key) for key, child in node.items()}
 
     widest = max((min(x.shape[2:]) for x in jax.tree.leaves(params) if x.ndim == 4), default=0)
@@ -59,7 +60,3 @@ def prepare(params: Params, dtype: str, known: Known) -> Params:
 def _tile(kernel: jax.Array, dtype: str) -> int:
     # bfloat16 has not the digits for large tiles: 2e-2 of the largest value are lost, with small ones 4e-3.
     return 4 if dtype == "float32" and min(kernel.shape[2:]) <= MOST_CHANNELS_OF_LARGE_TILES else 2
-
-
-_plain = jax.jit(winograd.prepare, static_argnums=(1, 2))
-_upsampled = jax.jit(winograd.prepare_upsampled, static_argnums=1)
