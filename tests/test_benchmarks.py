@@ -26,6 +26,7 @@ def python(script, *words, **options):
     return run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections", [("machine", "parity", "end_to_end", "warm"), ("attention", "torch", "batches"), ("training", "loops")]
 )
@@ -108,6 +109,7 @@ def test_the_table_explains_slow_peers():
     assert "once took 11.7 s: not explained" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [("memory", "float32", 32), ("compile", "bfloat16", 32)])
 def test_whole(tiny_file, tmp_path, command, monkeypatch):
     monkeypatch.setenv("SDJAX_CACHE", str(tmp_path))

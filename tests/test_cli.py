@@ -619,6 +619,7 @@ def test_a_picture_is_made_again_to_the_bit(original, tiny_file, capsys):
     assert again == first
 
 
+@pytest.mark.slow
 def test_a_part_of_a_picture_is_made_again_to_the_bit(original, tiny_file, capsys):
     Image.effect_noise((64, 48), 80).convert("RGB").save("in.png")
     mask = Image.new("L", (64, 48))

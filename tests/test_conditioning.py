@@ -107,6 +107,7 @@ def test_markup_of_weight_1_changes_no_bit(make):
     assert np.array_equal(make("a (cat:1.0)"), make("a cat"))
 
 
+@pytest.mark.slow
 def test_switching_points_and_weights_compile_nothing(make):
     make("a [cat:dog:2] AND (a:1.1) hat:0.5")
     size = program.run_scanned.jitted._cache_size()
@@ -214,6 +215,7 @@ def test_guidance_by_a_loss(make, tiny):
     assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_perturbed_attention(make, by_hand, tiny):
     """By hand: the UNet alone, its middle self-attention replaced."""
 
@@ -249,6 +251,7 @@ def test_brownian_noise(make, by_hand):
         make("a cat", sampler="restart", num_inference_steps=20, brownian=True)
 
 
+@pytest.mark.slow
 def test_exact_steps(tiny):
     image = np.random.default_rng(1).integers(0, 256, (24, 32, 3), np.uint8)
 

@@ -53,6 +53,7 @@ def entries(folder, name="run"):
     return list(folder.glob(f"sdjax-{name}-*-cache"))
 
 
+@pytest.mark.slow
 def test_a_second_process_traces_and_compiles_nothing(tiny_file, tmp_path):
     assert "compiling" in str(process(tiny_file, tmp_path, "compile")["said"])
     made = process(tiny_file, tmp_path)

@@ -79,6 +79,7 @@ def test_the_loop_by_hand_is_the_program_s(make, by_hand, sampler):
     assert np.abs(found - exact).max() > 1e-3 * np.abs(exact).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [(32,), (32, 64), (32, 48, 64)])
 def test_with_what_its_own_call_hands_up_it_is_the_whole(live, channels):
     levels = len(channels)
@@ -94,6 +95,7 @@ def test_with_what_its_own_call_hands_up_it_is_the_whole(live, channels):
     np.testing.assert_allclose(same, output, atol=1e-5 * float(np.abs(output).max()))
 
 
+@pytest.mark.slow
 def test_both_drivers_give_the_same_and_the_recipe_says_it(make):
     pictures = make(output_type="pil", every=3)
     assert np.array_equal(pictures[0], make(output_type="pil", every=3, callback=lambda *_: None)[0])
@@ -101,11 +103,13 @@ def test_both_drivers_give_the_same_and_the_recipe_says_it(make):
     assert recipe.from_json(make(output_type="pil", every=None)[0].info[recipe.KEY]).fast == {}
 
 
+@pytest.mark.slow
 def test_a_run_of_whole_calls_is_the_exact_one(make):
     exact = make(every=None, num_inference_steps=1)
     np.testing.assert_allclose(make(every=2, num_inference_steps=1), exact, atol=1e-5 * np.abs(exact).max())
 
 
+@pytest.mark.slow
 def test_with_an_interval_and_perturbed_attention(make):
     """Where guidance begins the whole UNet runs: whole calls all the way are the exact run."""
     options = {"guidance": guidance.Options(interval=(0.2, 0.6), perturbed=1.0)}

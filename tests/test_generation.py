@@ -55,6 +55,7 @@ def test_forms_of_the_result(make):
     assert latents.dtype == np.float32
 
 
+@pytest.mark.slow
 def test_latents_are_those_the_pictures_are_decoded_from(make, tiny):
     latents = make(output_type="latent")
     decoded = tiny.decode_latents(latents / tiny.config.vae.scaling_factor)
@@ -62,6 +63,7 @@ def test_latents_are_those_the_pictures_are_decoded_from(make, tiny):
     assert largest(make(), pixels) <= 1
 
 
+@pytest.mark.slow
 def test_prompts_times_pictures_of_each(make):
     many = make(["a cat", "a dog"], num_images_per_prompt=2, batch_size=2)
     assert len(many) == 4
@@ -123,6 +125,7 @@ def test_interrupt_keeps_what_is_finished(make):
         make(callback=interrupt)
 
 
+@pytest.mark.slow
 def test_guidance_matters_and_one_is_none_at_all(make):
     plain = make(guidance_scale=1.0)
     assert largest(plain, make(guidance_scale=5.0)) > 3
@@ -139,11 +142,13 @@ def test_negative_equal_to_the_prompt_is_no_guidance(make):
     assert largest(make(negative_prompt="a cat", guidance_scale=9.0), make(guidance_scale=1.0)) <= 1
 
 
+@pytest.mark.slow
 def test_rescale_and_clip_skip_matter(make):
     assert largest(make(), make(guidance=guidance.Options(rescale=0.7))) > 0
     assert largest(make(), make(clip_skip=1)) > 3
 
 
+@pytest.mark.slow
 def test_given_start_noise(make, tiny):
     seed = jax.numpy.asarray(np.array([[0, 1]], np.uint32))
     normal = np.asarray(noise.normal(seed, noise.START, 0, (12, 16, 4)))
@@ -163,6 +168,7 @@ def test_image_to_image(make, photo):
     assert np.abs(weak.astype(int) - nothing).mean() < np.abs(weak.astype(int) - strong).mean()
 
 
+@pytest.mark.slow
 def test_one_image_for_all_and_one_each(make, photo):
     both = make(["a cat", "a dog"], image=[photo, photo[::-1].copy()])
     assert largest(both[0], make("a cat", image=photo)[0]) <= 1
@@ -242,6 +248,7 @@ def test_says_that_it_compiles(make, caplog):
     assert "compiling" not in caplog.text
 
 
+@pytest.mark.slow
 def test_long_prompts_are_not_cut(make):
     words = " ".join(["cat"] * 100)
     assert largest(make(words), make(words + " dog")) > 0
@@ -249,6 +256,7 @@ def test_long_prompts_are_not_cut(make):
     assert largest(make(words, guidance_scale=1.0), make(words, negative_prompt=words, guidance_scale=3.0)) <= 1
 
 
+@pytest.mark.slow
 def test_windows_that_hold_nothing_do_not_count(make):
     words = " ".join(["cat"] * 160)  # three windows; programs are compiled for four
     assert make(words).shape == (1, 24, 32, 3)

@@ -28,6 +28,7 @@ def latents(*shape):
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "shape", "tile"),
     [(TINY.vae, (2, 21, 16, 4), 16), (DEEP, (1, 19, 16, 4), 64), (TINY.vae, (1, 8, 30, 4), 16)],
@@ -62,6 +63,7 @@ def test_decode_latents(tiny):
             tiny.decode_latents(z, wrong)
 
 
+@pytest.mark.slow
 def test_generate(tiny, monkeypatch):
     monkeypatch.setenv("SDJAX_CACHE", "off")
 
@@ -82,6 +84,7 @@ def test_generate(tiny, monkeypatch):
         make(vae_tile=17)
 
 
+@pytest.mark.slow
 def test_gradients_go_through(live):
     params = live(TINY)["vae"]
 

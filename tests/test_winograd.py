@@ -75,6 +75,7 @@ def everything(monkeypatch):
     monkeypatch.setattr(prepared, "FEWEST_CHANNELS", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("large", [0, 640])
 def test_the_models_with_them_are_the_models(tiny, everything, monkeypatch, large):
     monkeypatch.setattr(prepared, "MOST_CHANNELS_OF_LARGE_TILES", large)
@@ -96,6 +97,7 @@ def test_the_models_with_them_are_the_models(tiny, everything, monkeypatch, larg
     np.testing.assert_allclose(fast, plain, rtol=0, atol=3e-5 * float(jnp.abs(plain).max()))
 
 
+@pytest.mark.slow
 def test_transforms_are_made_once(tiny, everything):
     known = {}
     first, second = (prepared.prepare(tiny.params, "float32", known) for _ in range(2))

@@ -66,6 +66,7 @@ def test_other_layouts_round_trip(tmp_path, shapes, live, config, layout):
             checkpoints.convert(tmp_path / "a", tmp_path / "b", shapes, layout=layout)
 
 
+@pytest.mark.slow
 def test_diffusers_reads_our_folder(tmp_path, shapes, live):
     """Its pipeline loads what we write, and makes the same latents of the same words and noise."""
     checkpoints.save(tmp_path / "a", live(TINY_2), TINY_2)

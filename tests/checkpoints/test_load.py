@@ -112,6 +112,7 @@ def test_what_was_changed_since_is_not(tmp_path, params, shapes, change):
         checkpoints.load(path, shapes)
 
 
+@pytest.mark.slow
 def test_numbers_that_somebody_spoilt_are_found_in_the_end(tmp_path, params, shapes, unchecked):
     path = tmp_path / "a"
     checkpoints.save(path, params, TINY, targets=shapes(TINY))

@@ -206,6 +206,7 @@ def test_refusals(read, tensors, message, unchecked):
         read({name: np.asarray(x) for name, x in tensors.items()})
 
 
+@pytest.mark.slow
 def test_names_and_weights(tiny_file, tmp_path):
     model = sdjax.load(tiny_file)
     safetensors.write(tmp_path / "style.safetensors", pair(DOWN_64, UP_64), {})

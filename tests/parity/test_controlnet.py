@@ -61,6 +61,7 @@ def both(request, tmp_path_factory):
     return {**parts, "controls": controls}, model, folder
 
 
+@pytest.mark.slow
 def test_outputs(both):
     parts, model, _ = both
     check(parts["controls"][0], parts["unet"], model.controls["a"].params, model.params["unet"], model.config, (13, 9))
@@ -124,6 +125,7 @@ def test_diffusers_converter_reads_our_names():
     assert all(torch.equal(theirs[name], x) for name, x in own.items())
 
 
+@pytest.mark.slow
 def test_whole_runs(both):
     """Two ControlNets with a scale each, one for part of the steps, against diffusers' pipeline."""
     parts, model, _ = both
@@ -177,6 +179,7 @@ def test_whole_runs(both):
     assert relative_error(off, without) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_numbers_and_pictures_compile_nothing(both, compilations):
     _, model, _ = both
     if model.config != TINY:
@@ -200,6 +203,7 @@ def test_numbers_and_pictures_compile_nothing(both, compilations):
     assert np.array_equal(scanned, stepwise)
 
 
+@pytest.mark.slow
 def test_over_a_mesh(both):
     _, model, _ = both
     mesh = jax.make_mesh((1,), ("batch",))

@@ -48,6 +48,7 @@ def both(tmp_path_factory):
 OPTIONS = {"sampler": "ddim", "num_inference_steps": 8, "output_type": "latent"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "image_scale"), [(4.0, 1.5), (6.0, 2.2)])
 def test_whole_runs(both, scale, image_scale):
     pipe, model = both
@@ -76,6 +77,7 @@ def test_whole_runs(both, scale, image_scale):
     assert relative_error(ours, np.moveaxis(expected.numpy(), 1, -1)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_without_guidance_it_is_one_evaluation(both):
     """By hand: the model on the latents and the picture's, unscaled."""
     _, model = both
@@ -87,6 +89,7 @@ def test_without_guidance_it_is_one_evaluation(both):
     assert relative_error(ours, np.asarray(expected)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_an_interval_and_numbers_compile_once(both, compilations):
     _, model = both
     options = {"model": model, "image": PICTURE, "seed": 0, "num_inference_steps": 4}

@@ -91,6 +91,7 @@ def check(parts, model, weight=1.0):
     assert relative_error(model.unet(latents, times, context.numpy()), expected.numpy()) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_diffusers_file(models):
     parts, model, path = models
     file = write_diffusers(parts, path / "diffusers")
@@ -113,6 +114,7 @@ def test_kohya_file(models):
     check(parts, model.with_lora(path / "kohya.pt"))
 
 
+@pytest.mark.slow
 def test_several_add_up(models):
     parts, model, path = models
     safetensors.write(path / "a.safetensors", kohya(parts), {})
@@ -132,6 +134,7 @@ def test_a_weight_compiles_nothing(models, compilations):
     assert not compilations
 
 
+@pytest.mark.slow
 def test_gradient_with_respect_to_a_weight(models):
     """The weight is a number in the tree of parameters, so it has a gradient like any other."""
     parts, model, path = models

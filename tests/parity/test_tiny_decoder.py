@@ -50,6 +50,7 @@ def test_decoder(both):
     assert (whole != shown).any()
 
 
+@pytest.mark.slow
 def test_previews_of_a_run(both):
     _, model, folder = both
     model, seen = model.with_tiny_decoder(folder / "taesd"), []
