@@ -205,13 +205,13 @@ def ours(model, draws, steps, strength, picture, from_noise):
         encode_noise=draws["encode"],
     )
     job = Job(model.config, "float32", HEIGHT, WIDTH, guided=True)
-    registers, conditions = jax.jit(program.start, static_argnums=0)(job, model.params, inputs)
+    state, conditions = jax.jit(program.start, static_argnums=0)(job, model.params, inputs)
     step = jax.jit(program.step, static_argnums=0)
     seen = []
     for number in range(count):
-        registers, _ = step(job, model.params, inputs, conditions, registers, np.int32(number))
-        seen.append(np.asarray(registers[0]))
-    result = jax.jit(program.finish, static_argnums=0)(job, model.params, inputs, registers)
+        state, _ = step(job, model.params, inputs, conditions, state, np.int32(number))
+        seen.append(np.asarray(state.registers[0]))
+    result = jax.jit(program.finish, static_argnums=0)(job, model.params, inputs, state)
     return seen, np.asarray(result.pictures)
 
 
