@@ -105,9 +105,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     if seeds[-1] > options.LARGEST_SEED:
         raise ValueError(f"--seed: the last of {len(seeds)} pictures would get a seed above 2^64 - 1")
     targets = outputs.targets(arguments.output, prompts, seeds)
-    model, settings = _loaded(arguments, old)
+    settings = _loaded(arguments, old)
     if old is not None and len(prompts) == 1 and arguments.batch_size is None:
-        pictures: Iterator[Image.Image] = iter([_again(old, prompts[0], first, model, settings)])
+        pictures: Iterator[Image.Image] = iter([_again(old, prompts[0], first, settings)])
     else:
         pictures = _in_chunks(prompts, seeds, _batch(arguments, old, prompts), settings)
     for picture, target in zip(pictures, targets, strict=True):
@@ -129,7 +129,7 @@ def _compile(arguments: argparse.Namespace) -> None:
         raise ValueError("SDJAX_CACHE: the cache is switched off, so the programs would be kept nowhere")
     arguments.prompts = arguments.prompts or ([""] if arguments.prompts_file is None else [])
     prompts = _prompts(arguments, None)
-    _, settings = _loaded(arguments, None)
+    settings = _loaded(arguments, None)
 
     from sdjax import generation
 
@@ -146,8 +146,8 @@ def _batch(arguments: argparse.Namespace, old: Recipe | None, prompts: list[str]
     return arguments.batch_size or (old.batch if old else min(len(prompts), plan.DEFAULT_BATCH))
 
 
-def _loaded(arguments: argparse.Namespace, old: Recipe | None) -> tuple[StableDiffusion, dict[str, Any]]:
-    """The model, and the arguments of `generate`, the model among them: those given, on top of an old recipe's."""
+def _loaded(arguments: argparse.Namespace, old: Recipe | None) -> dict[str, Any]:
+    """The arguments of `generate`, the model among them: those given, on top of an old recipe's."""
     from sdjax import recipe
     from sdjax.checkpoints import hub
 
@@ -186,17 +186,17 @@ def _loaded(arguments: argparse.Namespace, old: Recipe | None) -> tuple[StableDi
     for name in ("rescale", "interval", "threshold", "quantile", "perpendicular", "perturbed", "image_scale"):
         if (given := getattr(arguments, f"guidance_{name}")) is not None:
             wanted[name] = given
-    if arguments.deep_cache is not None or (old is not None and old.fast):
-        quick = {} if old is None else dict(old.fast)
-        if arguments.deep_cache is not None:
-            quick["deep_cache"] = arguments.deep_cache
+    quick = {} if old is None else dict(old.fast)
+    if arguments.deep_cache is not None:
+        quick["deep_cache"] = arguments.deep_cache
+    if quick:
         settings["fast"] = fast.Fast(**quick)
     settings |= {
         "model": model,
         "sampler": _sampler(arguments, old, model),
         "guidance": guidance.Options(**wanted),
     }
-    return model, settings
+    return settings
 
 
 def _prompts(arguments: argparse.Namespace, old: Recipe | None) -> list[str]:
@@ -289,13 +289,13 @@ def _in_chunks(prompts: list[str], seeds: list[int], size: int, settings: dict[s
             raise KeyboardInterrupt
 
 
-def _again(old: Recipe, prompt: str, seed: int, model: StableDiffusion, settings: dict[str, Any]) -> Image.Image:
+def _again(old: Recipe, prompt: str, seed: int, settings: dict[str, Any]) -> Image.Image:
     """The picture in the same compiled program and at the same place as then: to the bit it depends on those too."""
     from sdjax import generation
     from sdjax.prompts import encode
 
     prompts = [prompt] * old.batch
-    if encode(model.tokenizer, [prompt], None, old.num_inference_steps)[0].windows.shape[-1] < old.windows:
+    if encode(settings["model"].tokenizer, [prompt], None, old.num_inference_steps)[0].windows.shape[-1] < old.windows:
         # A longer text beside it had the program compiled for more windows: so it needs one again.
         long = " ".join(["a"] * (75 * (old.windows - 1) + 1))
         prompts = [*prompts, long] if old.batch == 1 else [long if i != old.index else prompt for i in range(old.batch)]

@@ -117,12 +117,12 @@ def without_jax() -> Iterator[None]:
 
 def find(name: str) -> bytes | None:
     """What `keep` put there under this name."""
-    return _read_or_warn(lambda store: store.get(name))
+    return _ask(lambda store: store.get(name))
 
 
 def keep(name: str, value: bytes) -> None:
     """Puts it into the cache, and of what has not been used for longest as much out as it takes."""
-    _read_or_warn(lambda store: store.put(name, value))
+    _ask(lambda store: store.put(name, value))
 
 
 def forget(name: str) -> None:
@@ -132,12 +132,12 @@ def forget(name: str) -> None:
             (Path(_before["ours"]) / (name + ending)).unlink(missing_ok=True)
 
 
-def _read_or_warn(ask: Callable[[Any], bytes | None]) -> bytes | None:
+def _ask(question: Callable[[Any], bytes | None]) -> bytes | None:
     """What JAX's own store says to this, or nothing where the disk or another process is in the way."""
     from jax._src.lru_cache import LRUCache  # it has no public name, and counts what JAX keeps beside ours
 
     try:
-        return ask(LRUCache(_before["ours"], max_size=_limit()))
+        return question(LRUCache(_before["ours"], max_size=_limit()))
     except (OSError, ValueError) as error:  # a time of last use that is none is a ValueError
         _warn_once(f"compiled programs are not kept in {_before['ours']}: {error}")
         return None

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Hashable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 from jax.experimental import serialize_executable
@@ -25,21 +25,21 @@ from sdjax import compilation_cache
 
 logger = logging.getLogger(__name__)
 
-Given = ParamSpec("Given")
 Returned = TypeVar("Returned")
 Compiled = Callable[..., Any]
 _compiling = threading.Lock()  # what two threads want is compiled once
 
 
-class Kept(Generic[Given, Returned]):
+class Kept(Generic[Returned]):
     """`jax.jit(function, static_argnums=0)` whose programs are kept on disk, whole, where our cache is switched on.
 
-    Elsewhere it is that jit: also in a trace, over several devices, and for static arguments without an identity.
+    Elsewhere it is that jit: also in a trace, on devices that somebody chose, and for static arguments without an
+    identity.
     """
 
     def __init__(
         self,
-        function: Callable[Given, Returned],
+        function: Callable[..., Returned],
         identity: Callable[[Any], str | None],
         donate_argnums: tuple[int, ...] = (),
     ) -> None:
@@ -50,24 +50,26 @@ class Kept(Generic[Given, Returned]):
         self._donated = donate_argnums
         self._known: dict[Hashable, Compiled] = {}
 
-    def __call__(self, *given: Given.args, **named: Given.kwargs) -> Returned:
-        static, *arguments = given
-        found = self._program(static, tuple(arguments))
-        result: Returned = self.jitted(*given, **named) if found is None else found(*arguments)
-        return result
+    def __call__(self, static: Any, *arguments: Any) -> Returned:
+        return self.bound(static, *arguments)(*arguments)
 
-    def prepare(self, *given: Given.args, **named: Given.kwargs) -> None:
+    def bound(self, static: Any, *arguments: Any) -> Callable[..., Returned]:
+        """The program of such arguments, a function of all but the static one: looked up once for many calls."""
+        return self._program(static, arguments) or functools.partial(self.jitted, static)
+
+    def prepare(self, static: Any, *arguments: Any) -> None:
         """Compiles the program of such arguments where it is not kept yet, and does not run it."""
-        static, *arguments = given
-        if self._program(static, tuple(arguments)) is None:
-            self.jitted.lower(*given, **named).compile()
+        if self._program(static, arguments) is None:
+            self.jitted.lower(static, *arguments).compile()
 
     def _program(self, static: Any, arguments: tuple[Any, ...]) -> Compiled | None:
         identity = self._identity(static)
-        if identity is None or not compilation_cache.is_ours() or getattr(jax.config, "jax_disable_jit"):  # noqa: B009 - it has no type
+        asked = any(getattr(jax.config, name, None) for name in ("jax_disable_jit", "jax_default_device"))
+        if identity is None or asked or not compilation_cache.is_ours():
             return None
         leaves, tree = jax.tree.flatten(arguments)
-        if any(isinstance(leaf, jax.core.Tracer) or _lies_elsewhere(leaf) for leaf in leaves):
+        here = {jax.devices()[0]}
+        if any(isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and x.devices() != here) for x in leaves):
             return None
         kinds = tuple(jax.api_util.shaped_abstractify(leaf) for leaf in leaves)
         settings = _settings()
@@ -109,10 +111,6 @@ def _read(name: str, arguments: tuple[Any, ...]) -> Compiled | None:
         logger.warning("a compiled program could not be used and is made again: %s", error)
         compilation_cache.forget(name)
         return None
-
-
-def _lies_elsewhere(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and leaf.devices() != {jax.devices()[0]}
 
 
 def _settings() -> str:

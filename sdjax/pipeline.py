@@ -115,7 +115,7 @@ class StableDiffusion:
 
         What they compute differs from `params`' by rounding alone.
         """
-        return {part: self._fast(params) for part, params in self.params.items()}
+        return {part: self._only(part)[part] for part in self.params}
 
     @functools.cached_property
     def prepared_controls(self) -> Params:
@@ -124,7 +124,13 @@ class StableDiffusion:
 
     def _only(self, part: str) -> Params:
         """One part of `prepared`: who decodes does not wait for the UNet's kernels. What is made is kept for all."""
-        return {part: self._fast(self.params[part])}
+        if part not in self._parts:
+            self._parts[part] = self._fast(self.params[part])
+        return {part: self._parts[part]}
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, Params]:
+        return {}
 
     def _fast(self, params: Params) -> Params:
         return prepare(params, self.dtype, self._transformed) if jax.default_backend() == "cpu" else params

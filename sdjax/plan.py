@@ -240,7 +240,7 @@ def plan(
         padding_mask_crop=padding_mask_crop,
         windows=conditioning.windows.shape[-1],
         versions=versions(mesh),
-        guidance=_recorded(options),
+        guidance={name: value for name, value in _recorded(options).items() if name != "rescale"},
         exact_steps=exact_steps,
         brownian=brownian,
         regions_sha256=None if regions is None else _digest(positive.composition),
@@ -248,7 +248,7 @@ def plan(
         if controls
         else {},
         vae_tile=vae_tile,
-        fast={} if fast.deep_cache is None else {"deep_cache": fast.deep_cache},
+        fast=_recorded(fast),
     )
     return Plan(job, params, task, rows, guide, whole, mesh, count, size, stepwise, common)
 
@@ -271,11 +271,10 @@ def _default_model() -> StableDiffusion:
     return pipeline.load()
 
 
-def _recorded(options: guidance_functions.Options) -> dict[str, Any]:
-    """What a recipe holds of the options besides the rescale: those that are not as they are by default."""
-    defaults = guidance_functions.Options()
-    fields = [field.name for field in dataclasses.fields(options) if field.name != "rescale"]
-    return {name: getattr(options, name) for name in fields if getattr(options, name) != getattr(defaults, name)}
+def _recorded(options: guidance_functions.Options | fast_ways.Fast) -> dict[str, Any]:
+    """What a recipe holds of options: those that are not as they are by default."""
+    defaults, names = type(options)(), [field.name for field in dataclasses.fields(options)]
+    return {name: getattr(options, name) for name in names if getattr(options, name) != getattr(defaults, name)}
 
 
 def _followed(wish: control.Control, fingerprint: str) -> dict[str, Any]:

@@ -453,8 +453,7 @@ def prepare_stepwise(job: Job, params: Params, inputs: Inputs) -> None:
     """Compiles what `run_stepwise` runs, and runs nothing."""
     state, conditions = jax.eval_shape(functools.partial(start, job), params, inputs)
     _start.prepare(job, params, inputs)
-    number: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    _step.prepare(job, params, inputs, conditions, state, number)
+    _step.prepare(job, params, inputs, conditions, state, np.int32(0))
     _finish.prepare(job, params, inputs, state)
 
 
@@ -475,8 +474,9 @@ def run_stepwise(job: Job, params: Params, inputs: Inputs) -> Iterator[Progress 
     steps = np.asarray(inputs.rows.step)[live]
     done, total = 0, len(np.unique(steps))
     state, conditions = _start(job, params, inputs)
+    advance = _step.bound(job, params, inputs, conditions, state, np.int32(0))
     for i, number in enumerate(live):
-        state, x0 = _step(job, params, inputs, conditions, state, jax.device_put(np.int32(number)))
+        state, x0 = advance(params, inputs, conditions, state, np.int32(number))
         if i + 1 == len(live) or steps[i + 1] != steps[i]:  # a step may be several rows
             done += 1
             yield Progress(done, total, x0)

@@ -40,8 +40,9 @@ def parameter(
             raise ValueError(f"{'/'.join(module.path)}/{name}: expected the shape {shape}, got {found.shape}")
         return found
     if module.is_mutable_collection("params") and not module.has_rng("params"):
-        module.put_variable("params", name, jnp.zeros(shape))
-        return jnp.zeros(shape)
+        zero = jnp.zeros(shape)
+        module.put_variable("params", name, zero)
+        return zero
     return module.param(name, initializer, shape)
 
 
