@@ -158,6 +158,8 @@ def _loaded(arguments: argparse.Namespace, old: Recipe | None) -> dict[str, Any]
         raise ValueError(
             f"--lora, --vae, --embedding: the picture was made with {old.model!r}; say where those files are"
         )
+    if old is not None and old.fast.get("tiny_vae") and arguments.tiny_vae is None:
+        raise ValueError("--tiny-vae: the picture was decoded by TAESD; say where its file is")
     if arguments.model is not None and not os.path.exists(arguments.model) and not hub.is_name(arguments.model):
         raise ValueError(f"--model: there is no {arguments.model}")
 
@@ -171,6 +173,8 @@ def _loaded(arguments: argparse.Namespace, old: Recipe | None) -> dict[str, Any]
         model = model.with_lora(path, weight)
     for path in arguments.embedding:
         model = model.with_embedding(path)
+    if arguments.tiny_vae is not None:
+        model = model.with_tiny_decoder(arguments.tiny_vae)
     controls = {}
     scales = arguments.control_scale or [1.0] * len(arguments.controlnet)
     for i, (path, hint, scale) in enumerate(zip(arguments.controlnet, arguments.control_image, scales, strict=True)):
@@ -187,8 +191,11 @@ def _loaded(arguments: argparse.Namespace, old: Recipe | None) -> dict[str, Any]
         if (given := getattr(arguments, f"guidance_{name}")) is not None:
             wanted[name] = given
     quick = {} if old is None else dict(old.fast)
-    if arguments.deep_cache is not None:
-        quick["deep_cache"] = arguments.deep_cache
+    for name in ("deep_cache", "gate", "merge"):
+        if (given := getattr(arguments, name)) is not None:
+            quick[name] = given
+    if arguments.tiny_vae is not None:
+        quick["tiny_vae"] = True
     if quick:
         settings["fast"] = fast.Fast(**quick)
     settings |= {

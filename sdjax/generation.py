@@ -19,8 +19,8 @@ from sdjax import fast as fast_ways
 from sdjax import guidance as guidance_functions
 from sdjax import plan as plans
 from sdjax.canvas import PictureSource
+from sdjax.job import Inputs, Job, Result
 from sdjax.pipeline import StableDiffusion
-from sdjax.program import Inputs, Job, Result
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def generate(
         not run.
       vae_tile: pixels, a multiple of the VAE's factor: pictures are decoded one at a time and in tiles of this side, in
         the memory that one tile takes. The picture is nearly the same (docs/fast.md). None decodes all at once.
-      fast: ways to be faster that change the picture a little, see `sdjax.Fast`.
+      fast: ways to be faster that change the picture, see `sdjax.Fast` and docs/fast.md.
 
     Returns:
       A list of PIL pictures, each with its recipe in `.info`; or an array, see `output_type`. After Ctrl-C, what

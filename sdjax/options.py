@@ -209,6 +209,11 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, help="of computation (default: float32 on a CPU, else bfloat16)")
     deep = "run the whole UNet in every N-th call only: faster, a similar picture (DeepCache)"
     add("--deep-cache", type=_number(int, 2, 1000), metavar="N", help=deep)
+    gate = "after this share of the steps no guidance, and cross-attention as it was: faster (T-GATE; 0.4 is usual)"
+    add("--gate", type=_number(float, 1e-3, 1), metavar="SHARE", help=gate)
+    merge = "self-attention sees this share of the tokens as one with others, to 0.75: faster (token merging)"
+    add("--merge", type=_number(float, 1e-3, 0.75), metavar="SHARE", help=merge)
+    add("--tiny-vae", metavar="FILE", help="decode by this TAESD: faster, less sharp")
     tile = "decode one picture at a time, in tiles of this side: less memory, nearly the same picture"
     add("--vae-tile", type=whole, metavar="PIXELS", help=tile)
     add("--batch-size", type=whole, metavar="N", help="pictures at once (default: their number, at most 8)")

@@ -67,7 +67,7 @@ class Lora(NamedTuple):
 
 
 class Net(NamedTuple):
-    """A ControlNet that a model has beside it."""
+    """A ControlNet, or a TAESD, that a model has beside it."""
 
     digest: str
     params: Params
@@ -93,7 +93,7 @@ class StableDiffusion:
       digest: of samples of its weights as they are computed with.
       loras: what `with_lora` added, in this order.
       embeddings: what `with_embedding` added.
-      tiny_decoder: TAESD's parameters, where `with_tiny_decoder` added them.
+      tiny_decoder: TAESD, where `with_tiny_decoder` added them.
       controls: the ControlNets that `with_controlnet` added, by name.
     """
 
@@ -105,7 +105,7 @@ class StableDiffusion:
     digest: str
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
-    tiny_decoder: Params | None = None
+    tiny_decoder: Net | None = None
     controls: Mapping[str, Net] = dataclasses.field(default_factory=dict)
     _transformed: Known = dataclasses.field(default_factory=dict, repr=False)  # shared by models of the same kernels
 
@@ -282,7 +282,7 @@ class StableDiffusion:
         return dataclasses.replace(self, controls={**self.controls, name: Net(*_placed(path, found, self.dtype))})
 
     def with_tiny_decoder(self, path: str | Path) -> StableDiffusion:
-        """The same model with TAESD's decoder for `preview`.
+        """The same model with TAESD's decoder, for `preview` and `Fast.tiny_vae`.
 
         Args:
           path: of `taesd_decoder.safetensors` or `.pth`, or of diffusers' AutoencoderTiny, file or folder.
@@ -295,14 +295,14 @@ class StableDiffusion:
                 f"{path}: TAESD is for latents of 4 channels, an eighth of the picture's size"
             )
         found = checkpoints.tiny_decoder.read(Path(path), checkpoints.flatten(tiny_decoder_shapes()))
-        return dataclasses.replace(self, tiny_decoder=_placed(path, found, self.dtype)[1])
+        return dataclasses.replace(self, tiny_decoder=Net(*_placed(path, found, self.dtype)))
 
     def preview(self, latents: jax.Array) -> np.ndarray:
         """What a callback's latents (B, h, w, z) look like: (B, H, W, 3) uint8; by TAESD where the model has it."""
         if self.tiny_decoder is None:
             pictures = self.decode_latents(latents / self.config.vae.scaling_factor)
         else:
-            pictures = _tiny(self.dtype, self.tiny_decoder, latents)
+            pictures = _tiny(self.dtype, self.tiny_decoder.params, latents)
         return np.clip(np.rint(np.asarray(pictures) * 127.5 + 127.5), 0, 255).astype(np.uint8)
 
     def place(self, mesh: jax.sharding.Mesh) -> StableDiffusion:

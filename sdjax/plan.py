@@ -16,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from sdjax import arguments, control, images, pipeline, program, samplers, tasks
+from sdjax import arguments, control, images, pipeline, samplers, tasks
 from sdjax import fast as fast_ways
 from sdjax import guidance as guidance_functions
 from sdjax.canvas import PictureSource, read_canvases
+from sdjax.job import Followed, Guide, Inputs, Job
+from sdjax.models.unet import largest_map_with_attention
 from sdjax.pipeline import StableDiffusion
-from sdjax.program import Inputs, Job
 from sdjax.prompts import encode, split_and
 from sdjax.recipe import Recipe, texts
 
@@ -38,8 +39,9 @@ class Plan:
     params: Any
     task: tasks.Task
     rows: samplers.Rows
-    guide: program.Guide
-    whole: np.ndarray | None  # see `program.Inputs`
+    guide: Guide
+    whole: np.ndarray | None  # see `Inputs`, as the next
+    settled: np.ndarray | None
     mesh: Mesh | None
     count: int  # of pictures
     size: int  # of a chunk
@@ -49,7 +51,7 @@ class Plan:
     def inputs(self, first: int) -> Inputs:
         """Of the chunk that begins with this picture; the last picture fills up the last chunk."""
         chosen = np.arange(first, first + self.size).clip(max=self.count - 1)
-        return tasks.place(tasks.inputs(self.task, chosen, self.rows, self.guide, self.whole), self.mesh)
+        return tasks.place(tasks.inputs(self.task, chosen, self.rows, self.guide, self.whole, self.settled), self.mesh)
 
     def picture(self, pixels: np.ndarray, i: int) -> Image.Image:
         """Picture i with its recipe; of a cropped job, put back into its original."""
@@ -149,9 +151,13 @@ def plan(
     if config.edits and options.perpendicular is not None:
         raise ValueError("guidance.perpendicular: this model's guidance is away from the picture; it has no such kind")
     guide = tasks.guide(options, rows, np.pad(scales, (0, len(rows) - len(scales))), steps, guided, config.edits)
-    fast, whole = fast or fast_ways.Fast(), None
+    fast = fast or fast_ways.Fast()
+    _check_fast(fast, model, options.interval, composed, vae_tile)
+    whole = settled = None
+    if fast.gate is not None:
+        settled = fast_ways.settled_calls(fast.gate, np.asarray(rows.step))
     if fast.deep_cache is not None:
-        within = None if guide.within is None else np.asarray(guide.within)
+        within = settled if guide.within is None else np.asarray(guide.within)
         whole = fast_ways.whole_calls(fast.deep_cache, within, len(rows))
     if composed and options.interval is not None:
         raise ValueError("guidance.interval: outside of it one prompt is evaluated, and AND joins several")
@@ -179,8 +185,22 @@ def plan(
     if vae_tile is not None:
         vae_tile = arguments.tile("vae_tile", vae_tile, config)
     job = Job(
-        config, model.dtype, height, width, guided, clip_skip, decoded, brownian, options.loss, len(followed), vae_tile
+        config,
+        model.dtype,
+        height,
+        width,
+        guided,
+        clip_skip,
+        decoded,
+        brownian,
+        options.loss,
+        len(followed),
+        vae_tile,
+        fast.merge,
+        fast.tiny_vae,
     )
+    if fast.merge is not None and min(largest_map_with_attention(config.unet, job.latent_shape[:2])) < 2:
+        raise ValueError(f"fast.merge: {width} x {height} pixels are too few for it")
     if regions is not None:
         positive = positive._replace(composition=tasks.regions(regions, positive.composition, job.latent_shape))
     each = functools.partial(arguments.one_per_picture, repeats=repeats)
@@ -194,14 +214,15 @@ def plan(
         canvases=None if canvases is None else each(canvases),
         latents=arguments.start_noise(latents, (count, *job.latent_shape)),
         controls=[
-            program.Control(np.repeat(pixels, repeats, 0), tasks.by_row(scales, rows))
-            for pixels, scales in followed.values()
+            Followed(np.repeat(pixels, repeats, 0), tasks.by_row(scales, rows)) for pixels, scales in followed.values()
         ],
     )
     if mesh is not None:
         # Whatever kinds of axes a mesh has, the compiler here chooses the shardings (`jax.make_mesh` makes others).
         mesh = Mesh(mesh.devices, mesh.axis_names)
     params = model.prepared
+    if model.tiny_decoder is not None and fast.tiny_vae:
+        params = {**params, "tiny_decoder": model.tiny_decoder.params}
     if followed:
         params = {**params, "controls": {str(i): model.prepared_controls[name] for i, name in enumerate(followed)}}
     params = pipeline.everywhere(params, mesh)
@@ -249,8 +270,25 @@ def plan(
         else {},
         vae_tile=vae_tile,
         fast=_recorded(fast),
+        tiny_vae_sha256=model.tiny_decoder.digest if model.tiny_decoder is not None and fast.tiny_vae else None,
     )
-    return Plan(job, params, task, rows, guide, whole, mesh, count, size, stepwise, common)
+    return Plan(job, params, task, rows, guide, whole, settled, mesh, count, size, stepwise, common)
+
+
+def _check_fast(
+    fast: fast_ways.Fast, model: StableDiffusion, interval: Any, composed: bool, vae_tile: int | None
+) -> None:
+    """Raises ValueError where the model or other arguments are not for it."""
+    if fast.gate is not None and interval is not None:
+        raise ValueError("fast.gate: it says where guidance ends, and guidance.interval does too; leave one out")
+    if fast.gate is not None and composed:
+        raise ValueError("fast.gate: behind it one prompt is evaluated, and AND joins several")
+    if fast.merge is not None and not any(model.config.unet.attention_levels):
+        raise ValueError("fast.merge: this model's UNet has no level with attention")
+    if fast.tiny_vae and model.tiny_decoder is None:
+        raise ValueError("fast.tiny_vae: the model has no TAESD; add it by model.with_tiny_decoder(file)")
+    if fast.tiny_vae and vae_tile is not None:
+        raise ValueError("fast.tiny_vae, vae_tile: TAESD decodes no tiles; leave one out")
 
 
 def versions(mesh: Mesh | None = None) -> dict[str, str]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,137 +16,22 @@ from jax import lax
 
 from sdjax import guidance, noise
 from sdjax.executables import Kept
+from sdjax.job import Array, Conditions, Context, Inputs, Job, Memory, Result, State
 from sdjax.models import tiled
-from sdjax.models.config import Config
 from sdjax.models.controlnet import ControlNet, hint_channels
+from sdjax.models.gated import known_cross_attention, watched_cross_attention
 from sdjax.models.layers import apply
+from sdjax.models.merged import merged_attention
 from sdjax.models.perturbed import identity_attention
 from sdjax.models.text_encoder import TextEncoder
-from sdjax.models.unet import ShallowUNet, UNet
+from sdjax.models.tiny_decoder import TinyDecoder
+from sdjax.models.unet import ShallowUNet, UNet, largest_map_with_attention
 from sdjax.models.vae import VAE
 from sdjax.prompts import Conditioning, emphasize
 from sdjax.samplers import rows as sampler_rows
-from sdjax.samplers.rows import Rows
 
 Params = Any
-Array = jax.Array | np.ndarray
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What a compiled program is made for. Everything else is an argument of it."""
-
-    config: Config
-    dtype: str
-    height: int  # pixels, as the width a multiple of the VAE's factor
-    width: int
-    guided: bool  # False: the negative prompt is not evaluated at all
-    clip_skip: int = 0
-    decode: bool = True  # False: the result is latents
-    brownian: bool = False  # True: the rows' noises are one Brownian motion
-    loss: Callable[[jax.Array], jax.Array] | None = None  # `guidance.Options.loss`
-    controls: int = 0  # how many ControlNets there are; params["controls"] has them by their places
-    vae_tile: int | None = None  # pixels of the tiles that pictures are decoded in, one at a time
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(h, w, z) of one picture."""
-        vae = self.config.vae
-        return self.height // vae.factor, self.width // vae.factor, vae.latent_channels
-
-    @property
-    def output_shape(self) -> tuple[int, int, int]:
-        """Of one picture of the result."""
-        return (self.height, self.width, 3) if self.decode else self.latent_shape
-
-
-class Picture(NamedTuple):
-    """The picture that a job starts from."""
-
-    image: Array  # (B, H, W, 3) uint8
-    mask: Array | None  # (B, H, W, 1) float32, 1 = repaint; between 0 and 1 only where its edge is blurred
-
-
-class Control(NamedTuple):
-    """What a ControlNet is to follow, and how strongly."""
-
-    hint: Array  # (B, H, W, 3) uint8
-    scale: Array  # (T,) float32
-
-
-class Guide(NamedTuple):
-    """How outputs of the model become one; None is what a job does without. T rows."""
-
-    scale: Array  # (T,) float32
-    rescale: Array  # () float32, as the following of `guidance.Options`
-    within: Array | None = None  # (T,) bool: rows in the interval
-    threshold: Array | None = None  # () float32
-    quantile: Array | None = None  # () float32
-    perpendicular: Array | None = None  # () float32
-    perturbed: Array | None = None  # () float32
-    image_scale: Array | None = None  # () float32, of a model that edits
-    loss_scale: Array | None = None  # () float32, with a loss
-
-
-class Inputs(NamedTuple):
-    """The arguments of the program that differ from picture to picture and run to run; B pictures, T rows.
-
-    None stands for what a job has not got; its presence is part of the compiled shape. The three noises are drawn
-    from the seeds where they are None; given, they make a run comparable with another program's.
-    """
-
-    prompt: Conditioning  # the user's steps in it are rows here: `variants` is (B, P, T)
-    negative: Conditioning | None  # with guidance; P is 1
-    empty: Conditioning | None  # with a perpendicular negative prompt: the one that says nothing
-    seeds: Array  # (B, 2) uint32
-    rows: Rows  # of T rows, padded
-    guide: Guide
-    picture: Picture | None = None
-    controls: tuple[Control, ...] = ()  # one for each of the job's
-    whole: Array | None = None  # (T,) bool: rows in which the whole UNet runs; None is all, see `Fast.deep_cache`
-    start_noise: Array | None = None  # (B, h, w, z) standard normal
-    step_noise: Array | None = None  # (T, B, h, w, z)
-    encode_noise: Array | None = None  # (B, h, w, z)
-
-
-class Context(NamedTuple):
-    """A `Conditioning` behind the text encoder: all variants of all prompts."""
-
-    states: jax.Array  # (B, P, V, 77 N, D)
-    windows: Array  # (B, P, V, N) bool
-    variants: Array  # (B, P, T) int32
-    composition: Array  # (B, P) float32, or (B, P, h, w, 1) where prompts have regions
-
-
-class Conditions(NamedTuple):
-    """What stays the same through the loop."""
-
-    prompt: Context
-    away: list[Context]  # what guidance leads away from: the unguided one first, then a perpendicular one
-    path: jax.Array | None  # (T, B, h, w, z), the rows' noises where they are one Brownian motion
-    extra: jax.Array | None  # (B, h, w, z + 1): mask and masked picture; or (B, h, w, z), the picture to be edited
-    clean: jax.Array | None  # (B, h, w, z): the picture's latents, scaled
-    noise: Array  # (B, h, w, z): the noise the run started from
-    repaint: jax.Array | None  # (B, h, w, 1): 1 where any pixel of a latent is to be repainted
-
-
-class State(NamedTuple):
-    """What goes from row to row."""
-
-    registers: jax.Array  # (R, B, h, w, z)
-    # (B, K, h, w, C): what came up to the UNet's last level in its last whole call, where rows go without.
-    deep: jax.Array | None
-
-
-class Result(NamedTuple):
-    """What a program returns."""
-
-    pictures: (
-        jax.Array
-    )  # (B, H, W, 3) uint8; or the latents (B, h, w, z) float32, scaled, where the job does not decode
-    finite_latents: jax.Array  # (B,) bool
-    finite_pixels: jax.Array  # (B,) bool
 
 
 def encode_prompts(job: Job, params: Params, conditionings: Sequence[Conditioning]) -> list[Context]:
@@ -223,12 +108,34 @@ def start(job: Job, params: Params, inputs: Inputs) -> tuple[State, Conditions]:
     if clean is not None:
         x = x + inputs.rows.start[0] * clean
     conditions = Conditions(prompt, away, path, extra, clean, start_noise, repaint)
-    deep = None
+    evaluations = sum(each.states.shape[1] for each in [prompt, *away]) + (inputs.guide.perturbed is not None)
+    memory = empty_memory(job, params, inputs, evaluations, prompt.states[:1, 0, 0])
+    return State(sampler_rows.initial_registers(x), memory), conditions
+
+
+def empty_memory(job: Job, params: Params, inputs: Inputs, evaluations: int, states: jax.Array) -> Memory:
+    """Of the right shapes; the first row fills it. states: (1, S, D), any context."""
+    batch, (h, w, _), dtype = len(inputs.seeds), job.latent_shape, jnp.dtype(job.dtype)
+    deep = crossed = None
     if inputs.whole is not None:
-        evaluations = sum(each.states.shape[1] for each in [prompt, *away]) + (inputs.guide.perturbed is not None)
-        channels = config.unet.channels[:2][-1]
-        deep = jnp.zeros((len(inputs.seeds), evaluations, *shape[:2], channels), jnp.dtype(job.dtype))
-    return State(sampler_rows.initial_registers(x), deep), conditions
+        deep = jnp.zeros((batch, evaluations, h, w, job.config.unet.channels[:2][-1]), dtype)
+    if inputs.settled is not None:
+
+        def watch(params: Params, states: jax.Array) -> dict[str, jax.Array]:
+            found: dict[str, jax.Array] = {}
+            with watched_cross_attention(found):
+                apply(
+                    UNet(job.config.unet, dtype),
+                    params,
+                    jnp.zeros((1, h, w, job.config.unet.in_channels)),
+                    jnp.zeros(1),
+                    states,
+                )
+            return found
+
+        shapes = jax.eval_shape(watch, params["unet"], states)
+        crossed = {path: jnp.zeros((batch, *each.shape[1:]), each.dtype) for path, each in shapes.items()}
+    return Memory(deep, crossed)
 
 
 def step(
@@ -239,15 +146,17 @@ def step(
     guide = jax.tree.map(lambda value: value[number] if np.ndim(value) else value, inputs.guide)
 
     unet, shallow = (kind(job.config.unet, jnp.dtype(job.dtype)) for kind in (UNet, ShallowUNet))
+    memory = state.memory
 
     def evaluate(
-        x: jax.Array, time: jax.Array, contexts: list[Context], blind: int = 0
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """(B, h, w, z) -> (B, K, h, w, z): the outputs for all the prompts of these contexts; and the state's `deep`.
+        x: jax.Array, time: jax.Array, contexts: list[Context], blind: int = 0, settled: bool = False
+    ) -> tuple[jax.Array, Memory]:
+        """(B, h, w, z) -> (B, K, h, w, z): the outputs for all the prompts of these contexts; and what to remember.
 
         A picture's K evaluations are neighbours in the batch, so that over several devices it stays on its own. With
         perturbed attention one more comes last, of the last prompt. The first `blind` of them do not see the picture
-        that is to be edited. Fewer evaluations than the state has are its last ones.
+        that is to be edited. Fewer evaluations than the memory has are its last ones. Settled ones take what
+        cross-attention gave from the memory.
         """
         contexts = contexts if guide.perturbed is None else [*contexts, conditions.prompt]
         states, windows = (
@@ -267,33 +176,60 @@ def step(
         def added() -> Any:
             return control(job, params, inputs, number, x, times, states, key_mask) if job.controls else None
 
-        def whole() -> tuple[jax.Array, jax.Array]:
-            more = added()  # not perturbed, so outside
-            with identity_attention(last) if guide.perturbed is not None else contextlib.nullcontext():
+        @contextlib.contextmanager
+        def changed() -> Iterator[dict[str, jax.Array]]:
+            """The UNet, and not a ControlNet beside it, as this job and row want it; what is watched of it."""
+            watched: dict[str, jax.Array] = {}
+            with contextlib.ExitStack() as changes:
+                if guide.perturbed is not None:
+                    changes.enter_context(identity_attention(last))
+                if job.merge is not None:
+                    size = largest_map_with_attention(job.config.unet, shown.shape[1:3])
+                    key = jax.random.fold_in(jax.random.key(0), number)
+                    changes.enter_context(merged_attention(job.merge, size, key))
+                if memory.crossed is not None and settled:
+                    known = {path: jnp.repeat(each, k, 0) for path, each in memory.crossed.items()}
+                    changes.enter_context(known_cross_attention(known))
+                elif memory.crossed is not None:
+                    changes.enter_context(watched_cross_attention(watched))
+                yield watched
+
+        def crossed(watched: dict[str, jax.Array]) -> dict[str, jax.Array] | None:
+            if memory.crossed is None:
+                return None
+            means = {path: each.reshape(b, k, *each.shape[1:]).mean(1) for path, each in watched.items()}
+            return {**memory.crossed, **means}
+
+        def whole() -> tuple[jax.Array, jax.Array, dict[str, jax.Array] | None]:
+            more = added()
+            with changed() as watched:
                 output, found = apply(unet, params["unet"], shown, times, states, key_mask, more, mutable=["deep"])
-            return output, found["deep"]["entering"][0]
+            return output, found["deep"]["entering"][0], crossed(watched)
 
-        def level() -> tuple[jax.Array, jax.Array]:
-            assert state.deep is not None
-            deep = state.deep[:, -k:].reshape(b * k, *state.deep.shape[2:])
+        def level() -> tuple[jax.Array, jax.Array, dict[str, jax.Array] | None]:
+            assert memory.deep is not None
+            deep = memory.deep[:, -k:].reshape(b * k, *memory.deep.shape[2:])
             skips = None if (more := added()) is None else more[0][: job.config.unet.blocks_per_level + 1]
-            return apply(shallow, params["unet"], shown, times, states, deep, key_mask, skips), deep
+            with changed() as watched:
+                output = apply(shallow, params["unet"], shown, times, states, deep, key_mask, skips)
+            return output, deep, crossed(watched)
 
-        if state.deep is None:
-            output, deep = whole()[0], None
+        if memory.deep is None:
+            output, _, known = whole()
+            left = Memory(None, known)
         else:
             assert inputs.whole is not None
-            output, deep = lax.cond(jnp.asarray(inputs.whole)[number], whole, level)
-            deep = jnp.concatenate([state.deep[:, :-k], deep.reshape(b, k, *deep.shape[1:])], 1)
-        return output.astype(jnp.float32).reshape(b, k, *output.shape[1:]), deep
+            output, deep, known = lax.cond(jnp.asarray(inputs.whole)[number], whole, level)
+            left = Memory(jnp.concatenate([memory.deep[:, :-k], deep.reshape(b, k, *deep.shape[1:])], 1), known)
+        return output.astype(jnp.float32).reshape(b, k, *output.shape[1:]), left
 
-    def unguided(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        outputs, deep = evaluate(x, time, [conditions.prompt])
-        return away_from_perturbed(outputs, outputs[:, 0]), outputs[:, 0], deep
+    def unguided(x: jax.Array, time: jax.Array, settled: bool = False) -> tuple[jax.Array, jax.Array, Memory]:
+        outputs, left = evaluate(x, time, [conditions.prompt], settled=settled)
+        return away_from_perturbed(outputs, outputs[:, 0]), outputs[:, 0], left
 
-    def guided(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    def guided(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array, Memory]:
         edits = guide.image_scale is not None
-        outputs, deep = evaluate(x, time, [*conditions.away, conditions.prompt], blind=int(edits))
+        outputs, left = evaluate(x, time, [*conditions.away, conditions.prompt], blind=int(edits))
         first, base = outputs[:, 0], outputs[:, int(edits)]
         each = outputs[:, len(conditions.away) :][:, : conditions.prompt.states.shape[1]]
         alone = each.shape[1] == 1
@@ -303,40 +239,42 @@ def step(
         guided = guidance.guide(conditional, base, guide.scale, guide.rescale)
         if edits:
             guided = guided + (guide.image_scale - 1.0) * (base - first)
-        return away_from_perturbed(outputs, guided), base, deep
+        return away_from_perturbed(outputs, guided), base, left
 
     def away_from_perturbed(outputs: jax.Array, guided: jax.Array) -> jax.Array:
         if guide.perturbed is None:
             return guided
         return guided + guide.perturbed * (outputs[:, -2] - outputs[:, -1])
 
-    def combined(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        if not job.guided:
-            return unguided(x, time)
-        if guide.within is None:
-            return guided(x, time)
+    def combined(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array, Memory]:
+        before = guided if job.guided else unguided
+        if inputs.settled is not None:
+            after = functools.partial(unguided, settled=True)
+            return lax.cond(jnp.asarray(inputs.settled)[number], after, before, x, time)
+        if not job.guided or guide.within is None:
+            return before(x, time)
         return lax.cond(guide.within, guided, unguided, x, time)
 
-    left: list[jax.Array | None] = []  # a sampler's row calls `denoise` once, and hands on only what is its own
+    left: list[Memory] = []  # a sampler's row calls `denoise` once, and hands on only what is its own
 
     def denoise(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
         to_x0 = jnp.asarray(row.to_x0)
 
-        def lost(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None]]:
-            m, u, deep = combined(x, time)
+        def lost(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Memory]]:
+            m, u, kept = combined(x, time)
             pictures = decode(job, params, to_x0[0] * x + to_x0[1] * m)
             assert job.loss is not None
-            return job.loss(pictures).sum(), (m, u, deep)
+            return job.loss(pictures).sum(), (m, u, kept)
 
         if job.loss is None:
-            m, u, deep = combined(x, time)
+            m, u, kept = combined(x, time)
         else:
-            gradient, (m, u, deep) = jax.grad(lost, has_aux=True)(x)
+            gradient, (m, u, kept) = jax.grad(lost, has_aux=True)(x)
             m = m - guide.loss_scale * gradient / to_x0[1]
         if guide.threshold is not None:
             x0 = guidance.limit(to_x0[0] * x + to_x0[1] * m, guide.threshold, guide.quantile)
             m = (x0 - to_x0[0] * x) / to_x0[1]
-        left.append(deep)
+        left.append(kept)
         return m, u
 
     given = conditions.path if inputs.step_noise is None else inputs.step_noise
@@ -376,6 +314,8 @@ def control(
 
 def decode(job: Job, params: Params, latents: jax.Array) -> jax.Array:
     """Scaled latents (B, h, w, z) -> (B, H, W, 3), about [-1, 1]."""
+    if job.tiny_vae:
+        return apply(TinyDecoder(jnp.dtype(job.dtype)), params["tiny_decoder"], latents)
     config, dtype, z = job.config.vae, jnp.dtype(job.dtype), latents / job.config.vae.scaling_factor
     if job.vae_tile is not None:
         return tiled.decode(config, dtype, params["vae"], z, job.vae_tile)

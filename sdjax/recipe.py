@@ -62,7 +62,8 @@ class Recipe:
       latents_sha256: of start noise that was given in place of the seed's; only who has it can make the picture again.
       guidance: `guidance.Options` besides the rescale, those that are not None.
       exact_steps, brownian, vae_tile: as `sdjax.generate` takes them.
-      fast: `Fast`, what of it is not None.
+      fast: `Fast`, what of it is not as it is by default.
+      tiny_vae_sha256: of the TAESD that decoded it.
       regions_sha256: of the weights of prompts by region; only who has the masks can make the picture again.
       controls: of each ControlNet its scale, interval and fingerprint; its picture is not in the recipe.
     """
@@ -100,6 +101,7 @@ class Recipe:
     controls: dict[str, Any] = dataclasses.field(default_factory=dict)
     vae_tile: int | None = None
     fast: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tiny_vae_sha256: str | None = None
 
 
 def texts(recipe: Recipe) -> dict[str, str]:
@@ -147,6 +149,8 @@ def differences(recipe: Recipe, model: Any, versions: Mapping[str, str]) -> list
     # The dtype is part of a fingerprint: under another one it tells nothing.
     elif recipe.model_sha256 is not None and recipe.model_sha256 != model.fingerprint:
         told.append(f"It was made with other weights: {model.source} here is not the {recipe.model} of then.")
+    elif model.tiny_decoder is not None and recipe.tiny_vae_sha256 not in (None, model.tiny_decoder.digest):
+        told.append("It was decoded by another TAESD.")
     return told
 
 
@@ -243,7 +247,7 @@ def _options(name: str, value: Any) -> dict[str, Any]:
 
 
 def _fast(name: str, value: Any) -> dict[str, Any]:
-    checks = {"deep_cache": _whole(2, 1000)}
+    checks = {"deep_cache": _whole(2, 1000), "gate": _number(1e-3, 1), "merge": _number(1e-3, 0.75), "tiny_vae": _flag}
     if not isinstance(value, dict) or not value.keys() <= checks.keys():
         raise _wrong(name, f"an object with no more than {', '.join(checks)}", value)
     return {field: checks[field](f"{name}.{field}", x) for field, x in value.items()}
@@ -305,6 +309,7 @@ _FIELDS: dict[str, Any] = {
     "controls": _controls,
     "vae_tile": _or_none(_PIXELS),
     "fast": _fast,
+    "tiny_vae_sha256": _DIGEST,
 }
 
 

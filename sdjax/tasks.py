@@ -11,9 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from sdjax import guidance as guidance_functions
-from sdjax import images, noise, program, samplers
+from sdjax import images, noise, samplers
 from sdjax.canvas import Canvas, PictureSource
-from sdjax.program import Guide, Inputs, Picture
+from sdjax.job import Followed, Guide, Inputs, Picture
 from sdjax.prompts import Conditioning
 
 
@@ -28,11 +28,16 @@ class Task(NamedTuple):
     empty: Conditioning | None
     canvases: list[Canvas] | None
     latents: np.ndarray | None  # (N, h, w, z)
-    controls: list[program.Control]  # of N pictures
+    controls: list[Followed]  # of N pictures
 
 
 def inputs(
-    task: Task, chosen: np.ndarray, rows: samplers.Rows, guide: Guide, whole: np.ndarray | None = None
+    task: Task,
+    chosen: np.ndarray,
+    rows: samplers.Rows,
+    guide: Guide,
+    whole: np.ndarray | None = None,
+    settled: np.ndarray | None = None,
 ) -> Inputs:
     """The program's arguments for the pictures of these numbers."""
     prompts = (task.prompt, task.negative, task.empty)
@@ -50,8 +55,9 @@ def inputs(
         rows=rows,
         guide=guide,
         picture=picture,
-        controls=tuple(program.Control(each.hint[chosen], each.scale) for each in task.controls),
+        controls=tuple(Followed(each.hint[chosen], each.scale) for each in task.controls),
         whole=whole,
+        settled=settled,
         start_noise=None if task.latents is None else task.latents[chosen],
     )
 
@@ -62,12 +68,11 @@ def place(inputs: Inputs, mesh: Mesh | None) -> Inputs:
         return inputs
     shared = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    common = {"rows", "guide", "whole"}
+    common = {"rows", "guide", "whole", "settled"}
     plain = {k: v for k, v in inputs._asdict().items() if k != "controls"}
     placed = {k: jax.device_put(v, everywhere if k in common else shared) for k, v in plain.items()}
     placed["controls"] = tuple(
-        program.Control(jax.device_put(each.hint, shared), jax.device_put(each.scale, everywhere))
-        for each in inputs.controls
+        Followed(jax.device_put(each.hint, shared), jax.device_put(each.scale, everywhere)) for each in inputs.controls
     )
     return Inputs(**placed)
 

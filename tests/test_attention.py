@@ -31,6 +31,7 @@ def gpu(monkeypatch):
     """A machine with such a GPU, as far as tracing and lowering can see."""
 
     def pretend(capability):
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         monkeypatch.setattr(ops, "cuda_capability", lambda: capability)
         monkeypatch.setattr(cudnn, "cuda_versions", Versions)
         at_least = lambda wanted: capability >= tuple(int(part) for part in wanted.split("."))  # noqa: E731

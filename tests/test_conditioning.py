@@ -7,6 +7,7 @@ import pytest
 
 import sdjax
 from sdjax import guidance, noise, program, prompts, samplers
+from sdjax.job import Guide, Inputs, Job
 from sdjax.models.layers import apply
 from sdjax.models.perturbed import identity_attention
 from sdjax.models.unet import UNet
@@ -131,11 +132,11 @@ def test_outside_of_the_interval_half_is_not_computed(tiny):
     rows = samplers.create("euler", prediction=tiny.config.prediction).rows(STEPS).from_noise().padded(64)
     prompt, negative = prompts.encode(tiny.tokenizer, ["a cat"], [""], STEPS)
     prompt, negative = (each._replace(variants=each.variants[..., rows.step]) for each in (prompt, negative))
-    job = program.Job(tiny.config, "float32", 24, 32, guided=True)
+    job = Job(tiny.config, "float32", 24, 32, guided=True)
 
     def text(within):
-        guide = program.Guide(np.full(64, SCALE, np.float32), np.float32(0), within)
-        inputs = program.Inputs(prompt, negative, None, noise.seed_words([1]), rows, guide)
+        guide = Guide(np.full(64, SCALE, np.float32), np.float32(0), within)
+        inputs = Inputs(prompt, negative, None, noise.seed_words([1]), rows, guide)
         return program.run_scanned.jitted.lower(job, tiny.params, inputs).as_text()
 
     with_one, with_both = text(None), text(np.ones(64, bool))

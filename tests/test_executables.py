@@ -13,6 +13,7 @@ import pytest
 import sdjax
 from sdjax import compilation_cache, executables, program
 from sdjax.executables import Kept
+from sdjax.job import Job
 
 OPTIONS = {"seed": 1, "num_inference_steps": 2, "height": 16, "width": 24, "output_type": "np"}
 
@@ -170,6 +171,6 @@ def test_old_programs_make_room(cache, kept, monkeypatch):
 
 
 def test_a_loss_has_no_identity(tiny):
-    job = program.Job(tiny.config, "float32", 16, 16, guided=True)
+    job = Job(tiny.config, "float32", 16, 16, guided=True)
     assert program._identity(job) == repr(job)
     assert program._identity(job.__class__(**{**vars(job), "loss": logging.info})) is None

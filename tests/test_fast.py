@@ -1,4 +1,4 @@
-"""DeepCache against loops by hand and against the whole UNet."""
+"""Ways to be faster: DeepCache against loops by hand and against the whole UNet; what goes together, and what not."""
 
 import dataclasses
 
@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("no_disk_cache")
 
 SIZE = {"height": 24, "width": 32}
 STEPS, SCALE = 5, 5.0
+INTERVAL = guidance.Options(interval=(0.2, 0.8))
 START = np.random.default_rng(0).normal(size=(1, 12, 16, 4)).astype(np.float32)
 
 
@@ -135,7 +136,74 @@ def test_which_calls_are_whole():
     assert fast.whole_calls(3, within, 7).tolist() == [True, True, False, False, True, True, False]
 
 
+def test_which_calls_are_settled():
+    """By the steps that a run makes, which need not begin with 0; rows that fill up are none."""
+    step = np.array([4, 4, 5, 5, 6, 6, 7, 7, 0, 0])
+    assert fast.settled_calls(0.5, step).tolist() == [False] * 4 + [True] * 4 + [False] * 2
+    assert fast.settled_calls(1e-3, step).tolist() == [False] * 2 + [True] * 6 + [False] * 2
+    assert not fast.settled_calls(1.0, step).any()
+
+
+def test_behind_no_gate_and_with_nothing_merged_it_is_the_exact_run(make):
+    exact = make(every=None)
+    for way in (sdjax.Fast(gate=1.0), sdjax.Fast(merge=0.001)):
+        np.testing.assert_allclose(make(fast=way), exact, atol=1e-5 * np.abs(exact).max())
+
+
+def test_another_gate_compiles_nothing(make):
+    make(fast=sdjax.Fast(gate=0.4))
+    size = program.run_scanned.jitted._cache_size()
+    make(fast=sdjax.Fast(gate=0.6))
+    assert program.run_scanned.jitted._cache_size() == size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1.0, SCALE])
+@pytest.mark.parametrize("perturbed", [None, 1.0])
+def test_all_ways_together(make, scale, perturbed):
+    """Each changes the picture, with guidance and without it, and both drivers agree."""
+    options = {"guidance_scale": scale, "guidance": guidance.Options(perturbed=perturbed)}
+    every = {"deep_cache": 2, "gate": 0.4, "merge": 0.5}
+    found = make(fast=sdjax.Fast(**every), **options)
+    assert np.isfinite(found).all()
+    stepwise = make(fast=sdjax.Fast(**every), callback=lambda *_: None, **options)
+    np.testing.assert_allclose(stepwise, found, atol=1e-5 * np.abs(found).max())
+    for left_out in every:
+        others = {name: value for name, value in every.items() if name != left_out}
+        assert np.abs(make(fast=sdjax.Fast(**others), **options) - found).max() > 1e-4, left_out
+
+
+def test_what_is_remembered_is_each_picture_s_own(tiny):
+    """A picture of a batch is what it is alone."""
+    common = {"model": tiny, "num_inference_steps": 3, "sampler": "euler", "output_type": "latent", **SIZE}
+    common["fast"] = sdjax.Fast(deep_cache=2, gate=0.4, merge=0.5)
+    both = sdjax.generate(["a cat", "a dog"], seed=[5, 9], **common)
+    alone = sdjax.generate("a dog", seed=9, **common)
+    np.testing.assert_allclose(both[1], alone[0], atol=1e-4 * np.abs(alone).max())
+
+
 @pytest.mark.parametrize("wrong", [1, 0, 2.5, True, "3"])
 def test_refusals(wrong):
     with pytest.raises(ValueError, match=r"fast\.deep_cache: expected a whole number from 2 to 1000, or None"):
         sdjax.Fast(deep_cache=wrong)
+
+
+@pytest.mark.parametrize(("name", "most"), [("gate", "1"), ("merge", r"0\.75")])
+@pytest.mark.parametrize("wrong", [0.0, 1.1, True, "0.5", float("nan")])
+def test_refused_shares(name, most, wrong):
+    with pytest.raises(ValueError, match=rf"fast\.{name}: expected a number from 0\.001 to {most}, or None"):
+        sdjax.Fast(**{name: wrong})
+
+
+def test_what_does_not_go_together(make, tiny):
+    for match, options in (
+        ("fast.gate: it says where guidance ends", {"fast": sdjax.Fast(gate=0.4), "guidance": INTERVAL}),
+        ("fast.gate: behind it one prompt", {"fast": sdjax.Fast(gate=0.4), "prompt": "a cat AND a dog"}),
+        ("fast.tiny_vae: the model has no TAESD", {"fast": sdjax.Fast(tiny_vae=True)}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            make(**options)
+    with pytest.raises(ValueError, match=r"fast\.merge: 2 x 2 pixels are too few"):
+        sdjax.generate("a", model=tiny, height=2, width=2, fast=sdjax.Fast(merge=0.5))
+    with pytest.raises(ValueError, match=r"fast\.tiny_vae: expected True or False"):
+        sdjax.Fast(tiny_vae=1)

@@ -1,4 +1,4 @@
-"""Convolutions with fewer products, and attention in blocks, against PyTorch's own."""
+"""What is computed in other ways than it is written, most of it on a CPU, against PyTorch's own."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sdjax.models import prepared
+from sdjax.models import layers, prepared
 from sdjax.models.layers import apply
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
-from sdjax.ops import attention, winograd
+from sdjax.ops import attention, convolution, winograd
 
 SIZES = [(8, 8), (7, 9), (5, 1), (17, 30)]
 # Of the largest value, in each dtype, for small tiles and large ones.
@@ -45,6 +45,48 @@ def error(found, expected):
 def test_convolution(size, dtype, m):
     own = winograd.prepare(kernel(), m, dtype)
     assert error(winograd.convolution(picture(size), own), by_torch(picture(size), kernel())) < ERRORS[dtype, m]
+
+
+@pytest.mark.parametrize("size", [*SIZES, (31, 30)])
+@pytest.mark.parametrize("strip", [1, 3000, 20000])
+def test_in_strips(size, strip, monkeypatch):
+    """As many as there are rows of tiles, and fewer, the last of them not full."""
+    own = winograd.prepare(kernel(), 4, "float32")
+    monkeypatch.setattr(winograd, "STRIP", strip)
+    assert error(winograd.convolution(picture(size), own), by_torch(picture(size), kernel())) < ERRORS["float32", 4]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 1), (0, 1))])
+def test_a_sum_of_products(size, stride, padding, monkeypatch):
+    """What a CPU gets in bfloat16, against PyTorch in float64 on the same rounded numbers."""
+    monkeypatch.setattr(convolution, "CHANNELS", 1)
+    x, own = (jnp.asarray(array, jnp.bfloat16) for array in (picture(size), kernel()))
+    theirs = [torch.from_numpy(np.array(array, np.float64)) for array in (x, own)]
+    padded = functional.pad(theirs[0].permute(0, 3, 1, 2), (*padding[1], *padding[0]))
+    expected = functional.conv2d(padded, theirs[1].permute(3, 2, 0, 1), stride=stride).permute(0, 2, 3, 1)
+    found = convolution.convolution(x, own, stride, padding)
+    assert found.dtype == jnp.bfloat16
+    assert error(np.asarray(found, np.float64), expected) < 4e-3  # half a unit in the last place is 2e-3
+
+
+def test_a_unet_in_blocks_of_tokens(tiny, monkeypatch):
+    """Feed-forward layers of some tokens at a time, the last block not full; and their gradient."""
+    rng = np.random.default_rng(0)
+    config = tiny.config.unet
+    latents = rng.standard_normal((2, 7, 11, config.in_channels), np.float32)
+    arguments = np.array([3.0, 700.0], np.float32), rng.standard_normal((2, 77, config.context_width), np.float32)
+
+    def run(tokens):
+        monkeypatch.setattr(layers, "TOKENS", tokens)
+        return jax.value_and_grad(lambda x: jnp.sin(apply(UNet(config), tiny.params["unet"], x, *arguments)).sum())(
+            latents
+        )
+
+    whole, parts = run(2 * 7 * 11), run(50)
+    for found, expected in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,9 @@ from sdjax.ops.matmul import matmul
 from sdjax.ops.normalization import group_norm, layer_norm
 
 Dtype = Any
+
+# Of tokens, the values between whose layers fit into a CPU's cache.
+TOKENS = 1024
 
 
 def apply(module: nn.Module, params: Any, *arguments: Any, **options: Any) -> Any:
@@ -44,6 +48,23 @@ def parameter(
         module.put_variable("params", name, zero)
         return zero
     return module.param(name, initializer, shape)
+
+
+def in_blocks(layers: Callable[[nn.Module, jax.Array], jax.Array], module: nn.Module, x: jax.Array) -> jax.Array:
+    """What layers of this module give for tokens (B, T, D), each on its own; on a CPU some of them at a time."""
+    batch, length, width = x.shape
+    count = -(-batch * length // TOKENS)
+    if count == 1 or jax.default_backend() != "cpu":
+        return layers(module, x)
+    size = -(-length // count)
+    blocks = jnp.pad(x, ((0, 0), (0, count * size - length), (0, 0))).reshape(batch, count, size, width)
+
+    def block(module: nn.Module, _: None, x: jax.Array) -> tuple[None, jax.Array]:
+        return None, layers(module, x)
+
+    scan = nn.scan(block, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
+    _, out = scan(module, None, blocks)
+    return out.reshape(batch, count * size, width)[:, :length]
 
 
 class Dense(nn.Module):

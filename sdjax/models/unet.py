@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from sdjax.models.layers import (
     LayerNorm,
     ResnetBlock,
     Upsample,
+    in_blocks,
     timestep_embedding,
 )
 
@@ -40,8 +43,11 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
-        return Dense(x.shape[-1], self.dtype, name="net_2")(h)
+        def layers(_: nn.Module, x: jax.Array) -> jax.Array:
+            h = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
+            return Dense(x.shape[-1], self.dtype, name="net_2")(h)
+
+        return in_blocks(layers, self, x)
 
 
 class TransformerBlock(nn.Module):
@@ -157,6 +163,13 @@ class UpBlock(Level):
             # The next level's skips have the size this map had before it was halved, which may have been odd.
             x = Upsample(self.dtype, name="upsamplers_0")(x, skips[-1].shape[1:3])
         return x
+
+
+def largest_map_with_attention(config: UNetConfig, size: Sequence[int]) -> tuple[int, int]:
+    """(H, W) of the first level that has a transformer, for latents of (h, w)."""
+    factor = 2 ** config.attention_levels.index(True)
+    height, width = (-(-side // factor) for side in size)
+    return height, width
 
 
 def entrance(config: UNetConfig, dtype: Dtype, latents: jax.Array, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:

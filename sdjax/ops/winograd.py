@@ -21,6 +21,8 @@ from jax import lax
 
 from sdjax.ops.matmul import matmul
 
+# Of large tiles a map is taken in strips of so many numbers, so that what lies between stays in a CPU's cache.
+STRIP = 2**21
 # The usual points of m = 4, which are 0, ±1 and ±2, have twice the error of these.
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
 
@@ -94,15 +96,35 @@ def convolution(x: jax.Array, prepared: Sequence[jax.Array]) -> jax.Array:
       (B, H, W, O) float32.
     """
     batch, height, width, channels = x.shape
-    n = len(prepared) if prepared[0].ndim == 3 else math.isqrt(len(prepared))
-    m = n - 2
-    to_results, _, to_places = transform(m)
+    large = prepared[0].ndim == 3
+    m = len(prepared) - 2 if large else math.isqrt(len(prepared)) - 2
     down, across = -(-height // m), -(-width // m)  # tiles
-    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (1, down * m + 1 - height), (1, across * m + 1 - width), (0, 0)))
+    count = -(-batch * height * width * channels // STRIP) if large else 1
+    rows = -(-down // min(count, down))  # of tiles in a strip
+    count = -(-down // rows)
+    x = jnp.pad(x, ((0, 0), (1, count * rows * m + 1 - height), (1, across * m + 1 - width), (0, 0)))
+    if count == 1:
+        out = _tiles(x, prepared, m)
+    else:
+
+        def strip(first: jax.Array) -> jax.Array:
+            return _tiles(lax.dynamic_slice_in_dim(x, first, rows * m + 2, 1), prepared, m)
+
+        strips = lax.map(strip, rows * m * jnp.arange(count))
+        out = jnp.moveaxis(strips, 0, 1).reshape(batch, -1, *strips.shape[3:])
+    return out[:, :height, :width]
+
+
+def _tiles(x: jax.Array, prepared: Sequence[jax.Array], m: int) -> jax.Array:
+    """Of whole tiles with a border of one: (B, m down + 2, m across + 2, I) -> (B, m down, m across, O) float32."""
+    batch, height, width, channels = x.shape
+    n, down, across = m + 2, (height - 2) // m, (width - 2) // m
+    to_results, _, to_places = transform(m)
 
     def rows(i: int) -> jax.Array:
         """Row i of every tile."""
-        return lax.slice(x, (0, i, 0, 0), (batch, i + m * (down - 1) + 1, x.shape[2], channels), (1, m, 1, 1))
+        row = lax.slice(x, (0, i, 0, 0), (batch, i + m * (down - 1) + 1, width, channels), (1, m, 1, 1))
+        return row.astype(jnp.float32)
 
     def columns(row: jax.Array, j: int) -> jax.Array:
         return lax.slice(row, (0, 0, j, 0), (batch, down, j + m * (across - 1) + 1, channels), (1, 1, m, 1))
@@ -124,7 +146,7 @@ def convolution(x: jax.Array, prepared: Sequence[jax.Array]) -> jax.Array:
         stacked = lax.map(lambda each: half(each[0], each[1]), (combined, list(prepared)))
         halves = [stacked[a] for a in range(n)]
     out = jnp.stack([combine(weights, halves) for weights in to_results], 2)
-    return out.reshape(batch, down * m, across * m, -1)[:, :height, :width]
+    return out.reshape(batch, down * m, across * m, -1)
 
 
 def upsampled(x: jax.Array, prepared: Sequence[jax.Array], size: tuple[int, ...]) -> jax.Array:

@@ -9,8 +9,8 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdjax import noise, pipeline, program, samplers
+from sdjax.job import Guide, Inputs, Job, Picture
 from sdjax.models.config import TINY
-from sdjax.program import Guide, Inputs, Job, Picture
 from sdjax.prompts import Conditioning
 
 HEIGHT, WIDTH = 32, 24

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sdjax
+import sdjax.recipe
 from sdjax.checkpoints import CheckpointError, native, safetensors
 from sdjax.models.config import TINY, VAEConfig
 
@@ -40,7 +41,7 @@ def test_decoder(both):
     file = folder / "taesd" / "diffusion_pytorch_model.safetensors"
     for path in (folder / "taesd", file, folder / "taesd_decoder.pth"):
         tiny = model.with_tiny_decoder(path)
-        pictures = sdjax.pipeline._tiny("float32", tiny.tiny_decoder, latents)
+        pictures = sdjax.pipeline._tiny("float32", tiny.tiny_decoder.params, latents)
         assert pictures.shape == (2, 40, 56, 3)
         assert relative_error(pictures, expected) < TOLERANCE
     shown = tiny.preview(latents)
@@ -58,6 +59,22 @@ def test_previews_of_a_run(both):
         "a", model=model, seed=0, num_inference_steps=3, callback=lambda *given: seen.append(model.preview(given[2]))
     )
     assert [picture.shape for picture in seen] == [(1, 64, 64, 3)] * 3
+
+
+def test_a_run_that_it_decodes(both):
+    """The picture is the decoder's of the exact run's latents, and its recipe says by which."""
+    _, model, folder = both
+    tiny, options = model.with_tiny_decoder(folder / "taesd"), {"seed": 0, "num_inference_steps": 2}
+    (picture,) = sdjax.generate("a", model=tiny, fast=sdjax.Fast(tiny_vae=True), **options)
+    latents = sdjax.generate("a", model=model, output_type="latent", **options)
+    assert np.abs(np.asarray(picture, int) - tiny.preview(latents)[0]).max() <= 1
+    found = sdjax.recipe.from_json(picture.info[sdjax.recipe.KEY])
+    assert (found.fast, found.tiny_vae_sha256) == ({"tiny_vae": True}, tiny.tiny_decoder.digest)
+    assert sdjax.recipe.differences(found, tiny, found.versions) == []
+    other = dataclasses.replace(tiny, tiny_decoder=tiny.tiny_decoder._replace(digest="0" * 64))
+    assert sdjax.recipe.differences(found, other, found.versions) == ["It was decoded by another TAESD."]
+    with pytest.raises(ValueError, match="TAESD decodes no tiles"):
+        sdjax.generate("a", model=tiny, fast=sdjax.Fast(tiny_vae=True), vae_tile=64)
 
 
 def test_refusals(both, tiny, tmp_path):
