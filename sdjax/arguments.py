@@ -129,7 +129,7 @@ def start_noise(latents: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     return array
 
 
-def fits_in_memory(config: Config, dtype: str, height: int, width: int, batch: int, params: Any) -> None:
+def fits_in_memory(config: Config, height: int, width: int, batch: int, params: Any) -> None:
     """Refuses a job that plainly cannot fit, by an estimate of its largest moment: the VAE's widest maps.
 
     At full size the decoder holds about four maps of its first level's channels at once, two of them in float32

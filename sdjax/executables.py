@@ -26,7 +26,7 @@ from sdjax import compilation_cache
 logger = logging.getLogger(__name__)
 
 Returned = TypeVar("Returned")
-Compiled = Callable[..., Any]
+Compiled = jax.stages.Compiled
 _compiling = threading.Lock()  # what two threads want is compiled once
 
 
@@ -62,25 +62,44 @@ class Kept(Generic[Returned]):
         if self._program(static, arguments) is None:
             self.jitted.lower(static, *arguments).compile()
 
+    def fetch(self, static: Any, *arguments: Any) -> Compiled | None:
+        """Reads the program of such arguments, which may be shapes, where it is kept; compiles nothing."""
+        known = self._place(static, arguments)
+        if known is None:
+            return None
+        with _compiling:
+            if known not in self._known and (found := _read(self._file(known), arguments)) is not None:
+                self._known[known] = found
+            return self._known.get(known)
+
     def _program(self, static: Any, arguments: tuple[Any, ...]) -> Compiled | None:
-        identity = self._identity(static)
+        known = self._place(static, arguments)
+        if known is None:
+            return None
+        if known not in self._known:
+            with _compiling:
+                if known not in self._known:
+                    name = self._file(known)
+                    self._known[known] = _read(name, arguments) or self._compile(name, static, arguments)
+        return self._known[known]
+
+    def _place(self, static: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """What tells programs of this function apart; None where they are not kept."""
         asked = any(getattr(jax.config, name, None) for name in ("jax_disable_jit", "jax_default_device"))
-        if identity is None or asked or not compilation_cache.is_ours():
+        if self._identity(static) is None or asked or not compilation_cache.is_ours():
             return None
         leaves, tree = jax.tree.flatten(arguments)
         here = {jax.devices()[0]}
         if any(isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and x.devices() != here) for x in leaves):
             return None
         kinds = tuple(jax.api_util.shaped_abstractify(leaf) for leaf in leaves)
-        settings = _settings()
-        known = (static, tree, kinds, settings)
-        if known not in self._known:
-            text = "\n".join([identity, str(tree), *map(repr, kinds), repr(self._donated), settings, _here()])
-            name = f"sdjax-{self._name.strip('_')}-{hashlib.sha256(text.encode()).hexdigest()}"
-            with _compiling:
-                if known not in self._known:
-                    self._known[known] = _read(name, arguments) or self._compile(name, static, arguments)
-        return self._known[known]
+        return static, tree, kinds, _settings()
+
+    def _file(self, known: tuple[Any, ...]) -> str:
+        """The name that a program has on disk."""
+        static, tree, kinds, settings = known
+        text = [str(self._identity(static)), str(tree), *map(repr, kinds), repr(self._donated), settings, _here()]
+        return f"sdjax-{self._name.strip('_')}-{hashlib.sha256(chr(10).join(text).encode()).hexdigest()}"
 
     def _compile(self, name: str, static: Any, arguments: tuple[Any, ...]) -> Compiled:
         # A program out of JAX's own cache cannot be written again (on a CPU it lacks functions then).

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +118,7 @@ def generate(
     plan = plans.plan(**locals())  # of the arguments, all there is yet
     done: list[np.ndarray] = []
     try:
-        with compilation_cache.enabled():
+        with compilation_cache.enabled(), _fetching(plan):
             for first in range(0, plan.count, plan.size):
                 inputs = plan.inputs(first)
                 if plan.stepwise:
@@ -150,7 +152,22 @@ def compile(prompt: str | Sequence[str] = "", negative_prompt: str | Sequence[st
     plan = plans.plan(**bound.arguments)
     prepare = program.prepare_stepwise if plan.stepwise else program.run_scanned.prepare
     with compilation_cache.enabled():
-        prepare(plan.job, plan.params, plan.inputs(0))
+        prepare(plan.job, plan.shapes if plan.mesh is None else plan.params, plan.inputs(0))
+
+
+@contextlib.contextmanager
+def _fetching(plan: plans.Plan) -> Iterator[None]:
+    """Reads the program from the disk while the parameters are made ready: of a large model each takes seconds."""
+    if plan.mesh is not None:
+        yield
+        return
+    arguments = plan.job, plan.shapes, plan.inputs(0), plan.stepwise
+    thread = threading.Thread(target=program.fetch, args=arguments)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def _run_stepwise(job: Job, params: Any, inputs: Inputs, progress: bool, callback: Callback | None) -> Result | None:

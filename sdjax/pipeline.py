@@ -19,7 +19,7 @@ from sdjax import arguments, checkpoints, samplers
 from sdjax.models import low_rank, tiled
 from sdjax.models.config import Config
 from sdjax.models.layers import apply
-from sdjax.models.prepared import Known, prepare
+from sdjax.models.prepared import Known, prepare, prepared_shapes
 from sdjax.models.shapes import control_shapes, shapes, tiny_decoder_shapes
 from sdjax.models.text_encoder import TextEncoder
 from sdjax.models.tiny_decoder import TinyDecoder
@@ -121,6 +121,13 @@ class StableDiffusion:
     def prepared_controls(self) -> Params:
         """Likewise, by their names, the parameters of the ControlNets."""
         return {name: self._fast(net.params) for name, net in self.controls.items()}
+
+    @property
+    def prepared_shapes(self) -> Params:
+        """Arrays of `prepared`, or shapes where those are not made yet."""
+        if "prepared" in vars(self) or jax.default_backend() != "cpu":
+            return self.prepared
+        return {part: prepared_shapes(own, self.dtype) for part, own in self.params.items()}
 
     def _only(self, part: str) -> Params:
         """One part of `prepared`: who decodes does not wait for the UNet's kernels. What is made is kept for all."""

@@ -36,7 +36,8 @@ class Plan:
     """What arguments of `generate` amount to."""
 
     job: Job
-    params: Any
+    model: StableDiffusion
+    followed: tuple[str, ...]  # the model's ControlNets that have a picture
     task: tasks.Task
     rows: samplers.Rows
     guide: Guide
@@ -47,6 +48,24 @@ class Plan:
     size: int  # of a chunk
     stepwise: bool
     common: Recipe  # of all its pictures
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """Of the program, on the devices that run it. Of a large model they take seconds to make ready."""
+        return pipeline.everywhere(self._chosen(self.model.prepared), self.mesh)
+
+    @property
+    def shapes(self) -> Any:
+        """The same tree before it is made ready: arrays, or `jax.ShapeDtypeStruct`s."""
+        return self._chosen(self.model.prepared_shapes)
+
+    def _chosen(self, params: Any) -> Any:
+        if self.job.tiny_vae and self.model.tiny_decoder is not None:
+            params = {**params, "tiny_decoder": self.model.tiny_decoder.params}
+        if self.followed:
+            nets = self.model.prepared_controls
+            params = {**params, "controls": {str(i): nets[name] for i, name in enumerate(self.followed)}}
+        return params
 
     def inputs(self, first: int) -> Inputs:
         """Of the chunk that begins with this picture; the last picture fills up the last chunk."""
@@ -220,19 +239,13 @@ def plan(
     if mesh is not None:
         # Whatever kinds of axes a mesh has, the compiler here chooses the shardings (`jax.make_mesh` makes others).
         mesh = Mesh(mesh.devices, mesh.axis_names)
-    params = model.prepared
-    if model.tiny_decoder is not None and fast.tiny_vae:
-        params = {**params, "tiny_decoder": model.tiny_decoder.params}
-    if followed:
-        params = {**params, "controls": {str(i): model.prepared_controls[name] for i, name in enumerate(followed)}}
-    params = pipeline.everywhere(params, mesh)
     size = min(count, DEFAULT_BATCH) if batch_size is None else arguments.whole("batch_size", batch_size, 1)
     devices = 1 if mesh is None else mesh.size
     size = -(-size // devices) * devices
     # Tiles are decoded one after the other: at their size the decoder's maps exist once.
     side = max(height, width) if vae_tile is None else vae_tile
     at_once = size // devices if vae_tile is None else 1
-    arguments.fits_in_memory(config, model.dtype, min(height, side), min(width, side), at_once, params)
+    arguments.fits_in_memory(config, min(height, side), min(width, side), at_once, model.params)
 
     stepwise = progress or callback is not None
     common = Recipe(
@@ -272,7 +285,7 @@ def plan(
         fast=_recorded(fast),
         tiny_vae_sha256=model.tiny_decoder.digest if model.tiny_decoder is not None and fast.tiny_vae else None,
     )
-    return Plan(job, params, task, rows, guide, whole, settled, mesh, count, size, stepwise, common)
+    return Plan(job, model, tuple(followed), task, rows, guide, whole, settled, mesh, count, size, stepwise, common)
 
 
 def _check_fast(

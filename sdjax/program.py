@@ -397,6 +397,16 @@ def prepare_stepwise(job: Job, params: Params, inputs: Inputs) -> None:
     _finish.prepare(job, params, inputs, state)
 
 
+def fetch(job: Job, params: Params, inputs: Inputs, stepwise: bool) -> None:
+    """Reads the programs of `run_scanned`, or of `run_stepwise`, where they are kept; the parameters may be shapes."""
+    if not stepwise:
+        run_scanned.fetch(job, params, inputs)
+    elif (started := _start.fetch(job, params, inputs)) is not None:
+        state, conditions = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), started.out_info)
+        _step.fetch(job, params, inputs, conditions, state, np.int32(0))
+        _finish.fetch(job, params, inputs, state)
+
+
 class Progress(NamedTuple):
     """What the stepwise driver shows after each of the user's steps."""
 

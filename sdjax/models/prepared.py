@@ -24,6 +24,10 @@ MOST_CHANNELS_OF_LARGE_TILES = 640
 Known = dict[int, tuple[Any, list[jax.Array]]]
 
 
+# What a kernel becomes: a transform of it, with what that takes besides.
+Become = Callable[..., list[Any]]
+
+
 def prepare(params: Params, dtype: str, known: Known) -> Params:
     """The same tree; in a large model, 3x3 kernels of residual blocks and upsamplers as `sdjax.ops.winograd` has them.
 
@@ -41,6 +45,22 @@ def prepare(params: Params, dtype: str, known: Known) -> Params:
             known[id(kernel)] = kernel, jax.device_put(transform(np.asarray(kernel), *arguments))
         return known[id(kernel)][1]
 
+    return _replaced(params, dtype, kept)
+
+
+def prepared_shapes(params: Params, dtype: str) -> Params:
+    """What `prepare` returns, where nothing is transformed: the shapes of kernels that would be."""
+
+    def shapes(kernel: jax.Array, transform: Callable[..., list[np.ndarray]], *arguments: Any) -> list[Any]:
+        small = transform(np.zeros((*kernel.shape[:2], 1, 1), np.float32), *arguments)
+        return [jax.ShapeDtypeStruct((*each.shape[:-2], *kernel.shape[2:]), each.dtype) for each in small]
+
+    return _replaced(params, dtype, shapes)
+
+
+def _replaced(params: Params, dtype: str, become: Become) -> Params:
+    """The tree with that in the place of kernels that are transformed."""
+
     def visit(node: Params, parent: str, name: str) -> Params:
         if not isinstance(node, Mapping):
             return node
@@ -48,9 +68,9 @@ def prepare(params: Params, dtype: str, known: Known) -> Params:
         if kernel is not None and kernel.ndim == 4 and min(kernel.shape[2:]) >= FEWEST_CHANNELS:
             rest = {key: value for key, value in node.items() if key != "kernel"}
             if parent.startswith("upsamplers") and name == "conv":
-                return {**rest, "winograd": kept(kernel, winograd.prepare_upsampled, dtype)}
+                return {**rest, "winograd": become(kernel, winograd.prepare_upsampled, dtype)}
             if parent.startswith("resnets") and name in ("conv1", "conv2"):
-                return {**rest, "winograd": kept(kernel, winograd.prepare, _tile(kernel, dtype), dtype)}
+                return {**rest, "winograd": become(kernel, winograd.prepare, _tile(kernel, dtype), dtype)}
         return {key: visit(child, name, key) for key, child in node.items()}
 
     widest = max((min(x.shape[2:]) for x in jax.tree.leaves(params) if x.ndim == 4), default=0)
