@@ -295,8 +295,23 @@ class Benchmark:
                 self.keep("start", {"failed": error.stderr.decode()[-600:]})
 
 
+def summary(report: dict[str, Any]) -> str:
+    """A row for each part and precision in Markdown, for the README: our seconds over each peer's, and the peer's."""
+    lines = [f"| | sdjax | {' | '.join(PEERS)} |", "|---" * (2 + len(PEERS)) + "|"]
+    for part in COMPARED:
+        for dtype in DTYPES:
+            pairs = {name: report["found"].get(f"{part} {dtype} {name}", {}) for name in PEERS}
+            medians = [pair["sdjax"][1] for pair in pairs.values() if "ratio" in pair]
+            if medians:
+                cells = [
+                    f"**{p['ratio']:.2f}** of {p['peer'][1]:.2f} s" if "ratio" in p else "" for p in pairs.values()
+                ]
+                lines.append(f"| {part}, {dtype} | {statistics.median(medians):.2f} s | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def table(report: dict[str, Any]) -> str:
-    """The comparisons in Markdown, for the README."""
+    """All of it in Markdown."""
     places = {name: i for i, name in enumerate((*PARTS, *DTYPES, *PEERS))}
 
     def place(item: tuple[str, Any]) -> list[int]:
@@ -370,7 +385,7 @@ def main() -> None:
         print(f"{report['cpu']}, cores {cores[: arguments.threads]}, OMP_NUM_THREADS={arguments.threads}", flush=True)
         make(arguments.folder)
         Benchmark(arguments, report).run()
-    print(table(report))
+    print(f"{summary(report)}\n\n{table(report)}")
 
 
 if __name__ == "__main__":

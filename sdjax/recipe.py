@@ -149,7 +149,7 @@ def differences(recipe: Recipe, model: Any, versions: Mapping[str, str]) -> list
     # The dtype is part of a fingerprint: under another one it tells nothing.
     elif recipe.model_sha256 is not None and recipe.model_sha256 != model.fingerprint:
         told.append(f"It was made with other weights: {model.source} here is not the {recipe.model} of then.")
-    elif model.tiny_decoder is not None and recipe.tiny_vae_sha256 not in (None, model.tiny_decoder.digest):
+    elif recipe.tiny_vae_sha256 is not None and recipe.tiny_vae_sha256 != model.tiny_decoder.digest:
         told.append("It was decoded by another TAESD.")
     return told
 

@@ -121,6 +121,38 @@ def test_what_makes_another_program(cache, kept, traces):
     assert call(7, x)
 
 
+def test_fetched_by_shapes_alone(cache, kept, traces):
+    """Nothing is made where it is not kept; where it is, it is read before there are arrays, and once."""
+    x = np.ones((2, 3), np.float32)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    with compilation_cache.enabled():
+        assert kept().fetch(3, shape) is None
+        assert traces == []
+        kept()(3, x)
+        found = kept()
+        program = found.fetch(3, shape)
+        assert program.out_info["out"].shape == (2, 3)
+        assert found.bound(3, x) is program
+        assert found.fetch(3, shape) is program
+        assert found.fetch(7, shape) is None  # it has no identity
+    assert len(traces) == 1
+
+
+@pytest.mark.slow
+def test_a_run_fetches_while_it_makes_ready(cache, tiny_file, monkeypatch):
+    """The stepwise driver's programs, too, are there before they are called."""
+    fetched = []
+    fetch = Kept.fetch
+    monkeypatch.setattr(Kept, "fetch", lambda self, *given: fetched.append(fetch(self, *given)) or fetched[-1])
+    for options, count in (({}, 1), ({"callback": lambda *_: None}, 3)):
+        model = sdjax.load(tiny_file)
+        sdjax.compile("a cat", model=model, **OPTIONS, **options)
+        fetched.clear()
+        sdjax.generate("a cat", model=model, **OPTIONS, **options)
+        assert len(fetched) == count
+        assert None not in fetched
+
+
 def test_another_source_is_another_program(cache, kept, traces, monkeypatch):
     x = np.ones(3, np.float32)
     with compilation_cache.enabled():

@@ -71,7 +71,7 @@ def by_hand(tiny):
     return by_hand
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("sampler", [pytest.param("euler", marks=pytest.mark.slow), "heun"])
 def test_the_loop_by_hand_is_the_program_s(make, by_hand, sampler):
     """Heun's steps are of two calls, and it is calls that count."""
     found, expected = make(sampler=sampler), by_hand(2, sampler)
@@ -144,6 +144,7 @@ def test_which_calls_are_settled():
     assert not fast.settled_calls(1.0, step).any()
 
 
+@pytest.mark.slow
 def test_behind_no_gate_and_with_nothing_merged_it_is_the_exact_run(make):
     exact = make(every=None)
     for way in (sdjax.Fast(gate=1.0), sdjax.Fast(merge=0.001)):

@@ -146,6 +146,14 @@ def test_transforms_are_made_once(tiny, everything):
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a is b, first, second)))
 
 
+def test_shapes_of_what_is_not_made_yet(tiny, everything):
+    made, shapes = prepared.prepare(tiny.params, "bfloat16", {}), prepared.prepared_shapes(tiny.params, "bfloat16")
+    assert jax.tree.structure(made) == jax.tree.structure(shapes)
+    kinds = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]  # noqa: E731
+    assert kinds(made) == kinds(shapes)
+    assert any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(shapes))
+
+
 def test_a_small_model_stays_as_it_is(tiny):
     assert prepared.prepare(tiny.params, "float32", {}) is tiny.params
 

@@ -61,6 +61,7 @@ def test_previews_of_a_run(both):
     assert [picture.shape for picture in seen] == [(1, 64, 64, 3)] * 3
 
 
+@pytest.mark.slow
 def test_a_run_that_it_decodes(both):
     """The picture is the decoder's of the exact run's latents, and its recipe says by which."""
     _, model, folder = both
