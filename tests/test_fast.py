@@ -174,6 +174,7 @@ def test_all_ways_together(make, scale, perturbed):
         assert np.abs(make(fast=sdjax.Fast(**others), **options) - found).max() > 1e-4, left_out
 
 
+@pytest.mark.slow
 def test_what_is_remembered_is_each_picture_s_own(tiny):
     """A picture of a batch is what it is alone."""
     common = {"model": tiny, "num_inference_steps": 3, "sampler": "euler", "output_type": "latent", **SIZE}

@@ -71,6 +71,7 @@ def test_a_sum_of_products(size, stride, padding, monkeypatch):
     assert error(np.asarray(found, np.float64), expected) < 4e-3  # half a unit in the last place is 2e-3
 
 
+@pytest.mark.slow
 def test_a_unet_in_blocks_of_tokens(tiny, monkeypatch):
     """Feed-forward layers of some tokens at a time, the last block not full; and their gradient."""
     rng = np.random.default_rng(0)
