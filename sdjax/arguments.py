@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from collections.abc import Sequence
@@ -137,7 +138,7 @@ def fits_in_memory(config: Config, height: int, width: int, batch: int, params: 
     """
     pixels = batch * height * width
     maps = 4 * pixels * config.vae.channels[0] * 4
-    weights = sum(x.nbytes for x in jax.tree.leaves(params))
+    weights = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))  # they may be shapes alone
     available = _memory()
     if available is not None and weights + maps > available:
         gib = 2.0**30

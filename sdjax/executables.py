@@ -98,8 +98,9 @@ class Kept(Generic[Returned]):
     def _file(self, known: tuple[Any, ...]) -> str:
         """The name that a program has on disk."""
         static, tree, kinds, settings = known
-        text = [str(self._identity(static)), str(tree), *map(repr, kinds), repr(self._donated), settings, _here()]
-        return f"sdjax-{self._name.strip('_')}-{hashlib.sha256(chr(10).join(text).encode()).hexdigest()}"
+        parts = [str(self._identity(static)), str(tree), *map(repr, kinds), repr(self._donated), settings, _here()]
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return f"sdjax-{self._name.strip('_')}-{digest}"
 
     def _compile(self, name: str, static: Any, arguments: tuple[Any, ...]) -> Compiled:
         # A program out of JAX's own cache cannot be written again (on a CPU it lacks functions then).

@@ -158,11 +158,11 @@ def compile(prompt: str | Sequence[str] = "", negative_prompt: str | Sequence[st
 @contextlib.contextmanager
 def _fetching(plan: plans.Plan) -> Iterator[None]:
     """Reads the program from the disk while the parameters are made ready: of a large model each takes seconds."""
-    if plan.mesh is not None:
+    if plan.mesh is not None or plan.model.is_prepared:
         yield
         return
-    arguments = plan.job, plan.shapes, plan.inputs(0), plan.stepwise
-    thread = threading.Thread(target=program.fetch, args=arguments)
+    fetch = program.fetch_stepwise if plan.stepwise else program.run_scanned.fetch
+    thread = threading.Thread(target=fetch, args=(plan.job, plan.shapes, plan.inputs(0)))
     thread.start()
     try:
         yield

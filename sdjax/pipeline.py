@@ -122,12 +122,20 @@ class StableDiffusion:
         """Likewise, by their names, the parameters of the ControlNets."""
         return {name: self._fast(net.params) for name, net in self.controls.items()}
 
-    @property
+    @functools.cached_property
     def prepared_shapes(self) -> Params:
-        """Arrays of `prepared`, or shapes where those are not made yet."""
-        if "prepared" in vars(self) or jax.default_backend() != "cpu":
-            return self.prepared
-        return {part: prepared_shapes(own, self.dtype) for part, own in self.params.items()}
+        """`prepared` before it is made: shapes of what will be transformed, the other arrays themselves."""
+        return {part: self._fast_shapes(params) for part, params in self.params.items()}
+
+    @functools.cached_property
+    def prepared_control_shapes(self) -> Params:
+        """Likewise of `prepared_controls`."""
+        return {name: self._fast_shapes(net.params) for name, net in self.controls.items()}
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `prepared` is there already."""
+        return "prepared" in vars(self)
 
     def _only(self, part: str) -> Params:
         """One part of `prepared`: who decodes does not wait for the UNet's kernels. What is made is kept for all."""
@@ -141,6 +149,9 @@ class StableDiffusion:
 
     def _fast(self, params: Params) -> Params:
         return prepare(params, self.dtype, self._transformed) if jax.default_backend() == "cpu" else params
+
+    def _fast_shapes(self, params: Params) -> Params:
+        return prepared_shapes(params, self.dtype) if jax.default_backend() == "cpu" else params
 
     @property
     def source(self) -> str:

@@ -52,18 +52,18 @@ class Plan:
     @functools.cached_property
     def params(self) -> Any:
         """Of the program, on the devices that run it. Of a large model they take seconds to make ready."""
-        return pipeline.everywhere(self._chosen(self.model.prepared), self.mesh)
+        nets = self.model.prepared_controls if self.followed else {}
+        return pipeline.everywhere(self._chosen(self.model.prepared, nets), self.mesh)
 
     @property
     def shapes(self) -> Any:
         """The same tree before it is made ready: arrays, or `jax.ShapeDtypeStruct`s."""
-        return self._chosen(self.model.prepared_shapes)
+        return self._chosen(self.model.prepared_shapes, self.model.prepared_control_shapes)
 
-    def _chosen(self, params: Any) -> Any:
+    def _chosen(self, params: Any, nets: Any) -> Any:
         if self.job.tiny_vae and self.model.tiny_decoder is not None:
             params = {**params, "tiny_decoder": self.model.tiny_decoder.params}
         if self.followed:
-            nets = self.model.prepared_controls
             params = {**params, "controls": {str(i): nets[name] for i, name in enumerate(self.followed)}}
         return params
 
@@ -171,7 +171,6 @@ def plan(
         raise ValueError("guidance.perpendicular: this model's guidance is away from the picture; it has no such kind")
     guide = tasks.guide(options, rows, np.pad(scales, (0, len(rows) - len(scales))), steps, guided, config.edits)
     fast = fast or fast_ways.Fast()
-    _check_fast(fast, model, options.interval, composed, vae_tile)
     whole = settled = None
     if fast.gate is not None:
         settled = fast_ways.settled_calls(fast.gate, np.asarray(rows.step))
@@ -218,8 +217,7 @@ def plan(
         fast.merge,
         fast.tiny_vae,
     )
-    if fast.merge is not None and min(largest_map_with_attention(config.unet, job.latent_shape[:2])) < 2:
-        raise ValueError(f"fast.merge: {width} x {height} pixels are too few for it")
+    _check_fast(fast, model, job, options.interval, composed)
     if regions is not None:
         positive = positive._replace(composition=tasks.regions(regions, positive.composition, job.latent_shape))
     each = functools.partial(arguments.one_per_picture, repeats=repeats)
@@ -245,7 +243,6 @@ def plan(
     # Tiles are decoded one after the other: at their size the decoder's maps exist once.
     side = max(height, width) if vae_tile is None else vae_tile
     at_once = size // devices if vae_tile is None else 1
-    arguments.fits_in_memory(config, min(height, side), min(width, side), at_once, model.params)
 
     stepwise = progress or callback is not None
     common = Recipe(
@@ -285,22 +282,24 @@ def plan(
         fast=_recorded(fast),
         tiny_vae_sha256=model.tiny_decoder.digest if model.tiny_decoder is not None and fast.tiny_vae else None,
     )
-    return Plan(job, model, tuple(followed), task, rows, guide, whole, settled, mesh, count, size, stepwise, common)
+    plan = Plan(job, model, tuple(followed), task, rows, guide, whole, settled, mesh, count, size, stepwise, common)
+    arguments.fits_in_memory(config, min(height, side), min(width, side), at_once, plan.shapes)
+    return plan
 
 
-def _check_fast(
-    fast: fast_ways.Fast, model: StableDiffusion, interval: Any, composed: bool, vae_tile: int | None
-) -> None:
+def _check_fast(fast: fast_ways.Fast, model: StableDiffusion, job: Job, interval: Any, composed: bool) -> None:
     """Raises ValueError where the model or other arguments are not for it."""
     if fast.gate is not None and interval is not None:
         raise ValueError("fast.gate: it says where guidance ends, and guidance.interval does too; leave one out")
     if fast.gate is not None and composed:
         raise ValueError("fast.gate: behind it one prompt is evaluated, and AND joins several")
-    if fast.merge is not None and not any(model.config.unet.attention_levels):
+    if fast.merge is not None and not any(job.config.unet.attention_levels):
         raise ValueError("fast.merge: this model's UNet has no level with attention")
+    if fast.merge is not None and min(largest_map_with_attention(job.config.unet, job.latent_shape[:2])) < 2:
+        raise ValueError(f"fast.merge: {job.width} x {job.height} pixels are too few for it")
     if fast.tiny_vae and model.tiny_decoder is None:
         raise ValueError("fast.tiny_vae: the model has no TAESD; add it by model.with_tiny_decoder(file)")
-    if fast.tiny_vae and vae_tile is not None:
+    if fast.tiny_vae and job.vae_tile is not None:
         raise ValueError("fast.tiny_vae, vae_tile: TAESD decodes no tiles; leave one out")
 
 

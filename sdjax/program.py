@@ -397,11 +397,9 @@ def prepare_stepwise(job: Job, params: Params, inputs: Inputs) -> None:
     _finish.prepare(job, params, inputs, state)
 
 
-def fetch(job: Job, params: Params, inputs: Inputs, stepwise: bool) -> None:
-    """Reads the programs of `run_scanned`, or of `run_stepwise`, where they are kept; the parameters may be shapes."""
-    if not stepwise:
-        run_scanned.fetch(job, params, inputs)
-    elif (started := _start.fetch(job, params, inputs)) is not None:
+def fetch_stepwise(job: Job, params: Params, inputs: Inputs) -> None:
+    """Reads the programs of `run_stepwise` where they are kept; the parameters may be shapes."""
+    if (started := _start.fetch(job, params, inputs)) is not None:
         state, conditions = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), started.out_info)
         _step.fetch(job, params, inputs, conditions, state, np.int32(0))
         _finish.fetch(job, params, inputs, state)

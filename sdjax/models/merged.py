@@ -10,15 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-MOST = 0.75  # of the tokens can go: one of each cell of 2 x 2 stays
-
 
 @contextmanager
 def merged_attention(share: float, size: tuple[int, int], key: jax.Array) -> Iterator[None]:
     """While this lasts, self-attention over a map of this size sees each token that is most like another as that one.
 
     Args:
-      share: of the tokens that are merged into others, above 0 and up to `MOST`.
+      share: of the tokens that are merged into others, above 0 and up to 0.75: one of each cell of 2 x 2 stays.
       size: (H, W) of the map, at least 2 x 2.
       key: of the draw of those that others may be merged into; theirs is another for every call of the model.
     """

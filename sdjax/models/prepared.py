@@ -22,8 +22,6 @@ WIDE = 512
 MOST_CHANNELS_OF_LARGE_TILES = 640
 
 Known = dict[int, tuple[Any, list[jax.Array]]]
-
-
 # What a kernel becomes: a transform of it, with what that takes besides.
 Become = Callable[..., list[Any]]
 
