@@ -20,6 +20,8 @@ Parts:
   memory   peak resident memory of a picture of 512 x 512 and of 1024 x 1024
   start    import, first step of a second process, compilation of a first one, `sdjax generate` and the model that ships
 
+The last two are measured again where the transformed weights are on the disk, as `sdjax compile --weights` leaves them.
+
 Results are merged into benchmarks/results/cpu.json, by part, precision and peer; `--table` prints what is there. Full
 runs take hours on two cores; choose with --parts, --peers and --dtypes.
 """
@@ -27,6 +29,7 @@ runs take hours on two cores; choose with --parts, --peers and --dtypes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -35,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -84,7 +87,7 @@ def make(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     params = random_weights(SD1)
     for dtype in DTYPES:
-        checkpoints.save(folder / f"{dtype}.safetensors", params, SD1, dtype)
+        checkpoints.save(folder / f"{dtype}.safetensors", params, SD1, dtype, targets=shapes(SD1))
     del params
     checkpoints.convert(folder / "float32.safetensors", folder / "diffusers", shapes, layout="diffusers")
     (folder / "made").touch()
@@ -242,8 +245,20 @@ class Benchmark:
             command = ("memory", self.file(dtype), dtype, str(size))
             self.alone(*command)  # so that the one measured has nothing to compile
             found = self.alone(*command)
-            record = {name: round(found[name] / weights, 3) for name in ("all", "own", "file")}
-            self.keep(f"memory {dtype} {size}", {**record, "weights, GB": round(weights / 1e9, 2)})
+            with self.kept_weights(dtype):
+                mapped = self.alone(*command)
+            for name, peaks in (("", found), (" kept weights", mapped)):
+                record = {name: round(peaks[name] / weights, 3) for name in ("all", "own", "file")}
+                self.keep(f"memory {dtype} {size}{name}", {**record, "weights, GB": round(weights / 1e9, 2)})
+
+    @contextlib.contextmanager
+    def kept_weights(self, dtype: str) -> Iterator[None]:
+        """Within, processes find the transformed weights on the disk, as after `sdjax compile --weights`."""
+        kept = Path(self.alone("weights", self.file(dtype), dtype)["path"])
+        try:
+            yield
+        finally:
+            kept.unlink()
 
     def start(self, dtype: str) -> None:
         file, rounds = self.file(dtype), self.arguments.rounds
@@ -252,8 +267,11 @@ class Benchmark:
             self.keep(f"start compile {dtype}", {name: round(value, 2) for name, value in spent.items()})
         self.alone("dispatch", file, dtype)  # fills the cache
         runs = [self.alone("dispatch", file, dtype) for _ in range(rounds)]
-        record = {name: spread([run[name] for run in runs]) for name in runs[0]}
-        self.keep(f"start second process {dtype}", record)
+        with self.kept_weights(dtype):
+            mapped = [self.alone("dispatch", file, dtype) for _ in range(rounds)]
+        for name, each in (("", runs), (" kept weights", mapped)):
+            record = {key: spread([run[key] for run in each]) for key in each[0]}
+            self.keep(f"start second process {dtype}{name}", record)
 
     def start_small(self) -> None:
         """What does not depend on a precision: the import, and the model that ships from the command line."""

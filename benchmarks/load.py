@@ -131,6 +131,7 @@ def contest(name: str, folder: Path) -> dict[str, float]:
         "seconds": seconds,
         "touched": touched,
         **{k: after[k] - before[k] for k in after},
+        "own peak": max(*anonymous, after["own"]) - before["own"],
         "peak": peak - before["all"],
     }
 

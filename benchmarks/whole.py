@@ -4,6 +4,7 @@
     python benchmarks/whole.py memory FILE DTYPE SIZE       the peak of a picture of SIZE x SIZE, one step, decoded
     python benchmarks/whole.py compile FILE DTYPE SIZE      of the whole program of such a picture
     python benchmarks/whole.py dispatch FILE DTYPE          from nothing to the first step's being under way
+    python benchmarks/whole.py weights FILE DTYPE           keeps the transformed weights, for the next of these
 
 What is compiled is kept in SDJAX_CACHE, as always.
 """
@@ -122,6 +123,12 @@ def dispatch(file: Path, dtype: str) -> None:
     )
 
 
+def weights(file: Path, dtype: str) -> None:
+    import sdjax
+
+    answer({"path": str(sdjax.load(file, dtype=dtype).keep_prepared())})
+
+
 def answer(record: dict[str, Any]) -> None:
     _answers.write(json.dumps(record) + "\n")
     _answers.flush()
@@ -131,4 +138,5 @@ if __name__ == "__main__":
     _answers = os.fdopen(os.dup(1), "w")  # libraries may print what they like
     os.dup2(2, 1)
     command, file, *rest = sys.argv[1:]
-    {"picture": picture, "memory": memory, "compile": compile, "dispatch": dispatch}[command](Path(file), *rest)
+    commands = {"picture": picture, "memory": memory, "compile": compile, "dispatch": dispatch, "weights": weights}
+    commands[command](Path(file), *rest)

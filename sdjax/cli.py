@@ -134,6 +134,9 @@ def _compile(arguments: argparse.Namespace) -> None:
     from sdjax import generation
 
     size = _batch(arguments, None, prompts)
+    if arguments.weights:
+        kept = settings["model"].keep_prepared()
+        _say("note: this model has no weights to transform" if kept is None else f"weights kept in {kept}")
     for progress in (False, True):
         settings["progress"] = progress
         generation.compile(prompts[:size], seed=arguments.seed, batch_size=size, **settings)

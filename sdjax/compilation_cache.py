@@ -7,6 +7,9 @@ Environment:
   SDJAX_CACHE: a folder in place of the user's cache folder; "off" for no cache.
   SDJAX_CACHE_GIB: how big it may get, 4 by default; the programs that have not been used for longest go first.
 
+Transformed weights, which are kept only where somebody asks for it (`sdjax.transformed`), lie there too; the limit does
+not concern them.
+
 This module imports JAX only when a cache is switched on: `sdjax cache` answers without it.
 """
 
@@ -32,7 +35,8 @@ DEFAULT_GIB = 4.0
 _OFF = ("off", "0", "no", "false")
 _ENTRY, _LAST_USE, _LOCK = "-cache", "-atime", ".lockfile"  # what JAX calls its files
 _FOLDER, _SWITCH = "jax_compilation_cache_dir", "jax_enable_compilation_cache"  # and two of its settings
-_SUBFOLDERS = ("xla_gpu_per_fusion_autotune_cache_dir", "xla_gpu_kernel_cache_file")
+KERNELS = "kernels"  # the subfolder of `sdjax.transformed`
+_SUBFOLDERS = ("xla_gpu_per_fusion_autotune_cache_dir", "xla_gpu_kernel_cache_file", KERNELS)
 
 # JAX's configuration belongs to the whole process, and threads may generate at the same time: the first one in sets
 # it, the last one out restores it.
@@ -61,7 +65,7 @@ def size() -> int:
 
 
 def clear() -> int:
-    """Deletes the compiled programs, and nothing else that may lie in the folder. Returns the bytes that were freed.
+    """Deletes what is kept there, and nothing else that may lie in the folder. Returns the bytes that were freed.
 
     Raises:
       OSError: one could not be deleted.
@@ -149,7 +153,7 @@ def _switch_on() -> None:
     if getattr(jax.config, _FOLDER) is not None or not getattr(jax.config, _SWITCH):
         return
     folder, limit = location(), _limit()
-    if folder is None or limit == 0 or not _usable(folder):
+    if folder is None or limit == 0 or not is_usable(folder):
         return
     settings = {
         _FOLDER: str(folder),
@@ -201,7 +205,7 @@ def _limit() -> int:
 
 
 @functools.cache
-def _usable(folder: Path) -> bool:
+def is_usable(folder: Path) -> bool:
     """Whether the folder is there, ours alone to write, and writable; asked once per process."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

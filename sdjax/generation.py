@@ -137,19 +137,30 @@ def generate(
     return np.stack(done) if done else np.zeros((0, *plan.job.output_shape))
 
 
-def compile(prompt: str | Sequence[str] = "", negative_prompt: str | Sequence[str] = "", **options: Any) -> None:
+def compile(
+    prompt: str | Sequence[str] = "",
+    negative_prompt: str | Sequence[str] = "",
+    *,
+    weights: bool = False,
+    **options: Any,
+) -> None:
     """Compiles the program that `generate` would run with these arguments, and runs nothing.
 
     It is kept on disk (`sdjax.compilation_cache`), where other processes find it. What a program depends on: the kind
     of model and its dtype, the size, the batch, the number of windows of 75 tokens, every 64 rows of the sampler,
     whether there is guidance, and which of its options; a picture, a mask, ControlNets; and `progress` or a callback.
 
+    weights: also keep the model's transformed weights there, see `StableDiffusion.keep_prepared`: gigabytes of a large
+      model, which spare later processes the seconds of making them.
+
     Raises:
-      As `generate`.
+      As `generate`, and as `StableDiffusion.keep_prepared`.
     """
     bound = inspect.signature(generate).bind(prompt, negative_prompt, **options)
     bound.apply_defaults()
     plan = plans.plan(**bound.arguments)
+    if weights:
+        plan.model.keep_prepared()
     prepare = program.prepare_stepwise if plan.stepwise else program.run_scanned.prepare
     with compilation_cache.enabled():
         prepare(plan.job, plan.shapes if plan.mesh is None else plan.params, plan.inputs(0))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax import arguments, checkpoints, samplers
+from sdjax import arguments, checkpoints, compilation_cache, samplers, transformed
 from sdjax.models import low_rank, tiled
 from sdjax.models.config import Config
 from sdjax.models.layers import apply
@@ -108,6 +108,7 @@ class StableDiffusion:
     tiny_decoder: Net | None = None
     controls: Mapping[str, Net] = dataclasses.field(default_factory=dict)
     _transformed: Known = dataclasses.field(default_factory=dict, repr=False)  # shared by models of the same kernels
+    _kept: Path | None = dataclasses.field(default=None, repr=False)  # where these are or would be on the disk
 
     @functools.cached_property
     def prepared(self) -> Params:
@@ -116,6 +117,34 @@ class StableDiffusion:
         What they compute differs from `params`' by rounding alone.
         """
         return {part: self._only(part)[part] for part in self.params}
+
+    def keep_prepared(self) -> Path | None:
+        """Writes what `prepared` transforms to the cache's folder, where processes that load the same file then map it.
+
+        A large model starts in a fraction of the time, and processes share the memory. ControlNets' is not kept.
+
+        Returns:
+          The file; None where nothing is transformed, as of a small model, or where it is not for a CPU.
+
+        Raises:
+          ValueError: the cache is switched off; or the model is not as it was loaded from one file.
+          OSError: it could not be written.
+        """
+        if compilation_cache.location() is None:
+            raise ValueError("SDJAX_CACHE: the cache is switched off, so the weights would be kept nowhere")
+        if self._kept is None:
+            raise ValueError(
+                "weights: they are kept of a model out of one file, without another part and with no LoRA merged; write"
+                " this one to a file first (sdjax convert, sdjax.checkpoints.save)"
+            )
+        if self._kept.is_file():
+            return self._kept
+        for part in self.params:
+            self._only(part)  # after which they are in `_transformed`
+        if not self._transformed:
+            return None
+        transformed.write(self._kept, self.params, self._transformed)
+        return self._kept
 
     @functools.cached_property
     def prepared_controls(self) -> Params:
@@ -214,6 +243,7 @@ class StableDiffusion:
             digest=bare.fingerprint,
             loras=(),
             _transformed={},
+            _kept=None,
         )
 
     def with_embedding(self, path: str | Path, word: str | None = None) -> StableDiffusion:
@@ -278,6 +308,7 @@ class StableDiffusion:
             tokenizer=Tokenizer(config.text_encoder.padding_id, self.tokenizer.words),
             file=f"{self.file} + {path.name}",
             digest=_combined(self.digest, part, own),
+            _kept=None,
         )
 
     def with_controlnet(self, path: str | Path, name: str | None = None) -> StableDiffusion:
@@ -445,7 +476,11 @@ def load(
     config, params = checkpoints.load(source, shapes, ema=ema, prediction=prediction, variant=variant)
     own, params = _placed(source, params, dtype)
     name = "default" if path is None else str(path) if on_hub else source.name
-    return StableDiffusion(config, params, Tokenizer(config.text_encoder.padding_id), dtype, name, own)
+    kept = transformed.place(source, own, dtype)
+    known = {} if kept is None else transformed.read(kept, params, dtype)
+    return StableDiffusion(
+        config, params, Tokenizer(config.text_encoder.padding_id), dtype, name, own, _transformed=known, _kept=kept
+    )
 
 
 def _weight(weight: Any) -> float:

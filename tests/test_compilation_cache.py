@@ -56,7 +56,7 @@ def entries(folder):
 def _fresh(monkeypatch):
     for name in ("SDJAX_CACHE", "SDJAX_CACHE_GIB", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    compilation_cache._usable.cache_clear()
+    compilation_cache.is_usable.cache_clear()
     compilation_cache._warn_once.cache_clear()
 
 

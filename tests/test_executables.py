@@ -76,7 +76,7 @@ def test_a_second_process_traces_and_compiles_nothing(tiny_file, tmp_path):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SDJAX_CACHE", str(tmp_path))
-    compilation_cache._usable.cache_clear()
+    compilation_cache.is_usable.cache_clear()
     return tmp_path
 
 

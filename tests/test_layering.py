@@ -19,7 +19,10 @@ MAY = {
     "executables": {"compilation_cache"},
     "job": {"models.config", "prompts", "samplers"},
     "program": {"executables", "job", "models", "samplers", "guidance", "noise", "prompts"},
-    "pipeline": {"arguments", "models", "checkpoints", "tokenizer", "schedule", "samplers"},
+    "transformed": {"checkpoints", "compilation_cache", "models", "ops"},
+    "pipeline": {
+        "arguments", "checkpoints", "compilation_cache", "models", "samplers", "schedule", "tokenizer", "transformed",
+    },
     "tasks": {"canvas", "guidance", "images", "job", "noise", "prompts", "samplers"},
     "plan": {
         "arguments", "canvas", "control", "fast", "guidance", "images", "job", "models", "pipeline", "prompts",
