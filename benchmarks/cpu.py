@@ -2,7 +2,7 @@
 
 Stable Diffusion 1.5 at full size with random weights, 512 x 512, classifier-free guidance (a batch of two). Every
 figure is a ratio to a peer that was measured in the same run, on the same cores, in the same precision, with the same
-weights and inputs, turn by turn: contestants are processes of their own that take one repetition each when told to. The
+weights and inputs, turn by turn: contestants are processes of their own that take a turn each when told to. The
 outputs are compared too. The environment this runs in has sdjax, PyTorch and diffusers (`pip install -e ".[test]"`);
 the others have their own, and a peer whose Python is not given is left out:
 
@@ -15,7 +15,7 @@ the others have their own, and a peer whose Python is not given is left out:
 
 Parts:
   gemm     the largest rate of a matrix product seen here, of 2048 x 2048 by PyTorch and by JAX; shares are of it
-  unet     one step with guidance; decode, encode: the autoencoder; text: the encoder of two prompts
+  unet     a step with guidance, of four in a row; decode, encode: the autoencoder; text: the encoder of two prompts
   picture  20 steps against 20 x step + decode + text, where a step is what ten more of them cost inside `generate`
   memory   peak resident memory of a picture of 512 x 512 and of 1024 x 1024
   start    import, first step of a second process, compilation of a first one, `sdjax generate` and the model that ships
@@ -117,7 +117,7 @@ class Worker:
         return json.loads(line)
 
     def time(self, what: str = "") -> float:
-        """Seconds of one repetition."""
+        """Seconds of a call, in a turn of it."""
         assert self.process.stdin is not None
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()

@@ -59,16 +59,20 @@ def test_in_strips(size, strip, monkeypatch):
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 1), (0, 1))])
-def test_a_sum_of_products(size, stride, padding, monkeypatch):
-    """What a CPU gets in bfloat16, against PyTorch in float64 on the same rounded numbers."""
+@pytest.mark.parametrize("strip", [2**21, 2000, 1])
+@pytest.mark.parametrize(("dtype", "largest"), [("float32", 1e-6), ("bfloat16", 4e-3)])  # half a last place is 2e-3
+def test_one_product(size, stride, padding, strip, dtype, largest, monkeypatch):
+    """What a CPU gets, whole and in strips, against PyTorch in float64 on the same rounded numbers."""
     monkeypatch.setattr(convolution, "CHANNELS", 1)
-    x, own = (jnp.asarray(array, jnp.bfloat16) for array in (picture(size), kernel()))
+    monkeypatch.setattr(convolution, "STRIP", strip)
+    x, own = (jnp.asarray(array, dtype) for array in (picture(size), kernel()))
     theirs = [torch.from_numpy(np.array(array, np.float64)) for array in (x, own)]
     padded = functional.pad(theirs[0].permute(0, 3, 1, 2), (*padding[1], *padding[0]))
     expected = functional.conv2d(padded, theirs[1].permute(3, 2, 0, 1), stride=stride).permute(0, 2, 3, 1)
     found = convolution.convolution(x, own, stride, padding)
-    assert found.dtype == jnp.bfloat16
-    assert error(np.asarray(found, np.float64), expected) < 4e-3  # half a unit in the last place is 2e-3
+    assert found.dtype == dtype
+    assert found.shape == expected.shape
+    assert error(np.asarray(found, np.float64), expected) < largest
 
 
 @pytest.mark.slow

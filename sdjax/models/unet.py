@@ -32,8 +32,8 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        value, gate = jnp.split(Dense(2 * self.width, self.dtype, name="proj")(x), 2, -1)
-        return value * jax.nn.gelu(gate, approximate=False)
+        value, gate = jnp.split(Dense(2 * self.width, self.dtype, name="proj")(x).astype(jnp.float32), 2, -1)
+        return (value * jax.nn.gelu(gate, approximate=False)).astype(self.dtype)
 
 
 class FeedForward(nn.Module):

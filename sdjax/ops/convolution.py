@@ -10,8 +10,10 @@ from sdjax.ops.matmul import matmul
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
-# From so many on, products of matrices in bfloat16 are faster than XLA's convolution on a CPU, which widens them first.
+# From so many on, products of matrices are faster than XLA's convolution on a CPU.
 CHANNELS = 128
+# What they are made of lies there many times over; so many numbers at a time stay in a CPU's cache.
+STRIP = 2**21
 
 
 def convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
@@ -29,21 +31,36 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) 
     """
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == ((0, 0), (0, 0)):
         return matmul(x, kernel[0, 0], x.dtype).astype(x.dtype)
-    if x.dtype == jnp.bfloat16 and min(kernel.shape[2:]) >= CHANNELS and jax.default_backend() == "cpu":
-        return _by_places(x, kernel, stride, padding)
+    if min(kernel.shape[2:]) >= CHANNELS and jax.default_backend() == "cpu":
+        return _as_product(x, kernel, stride, padding)
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _by_places(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-    """`convolution` as a sum of products, one for each place in the kernel."""
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    batch, *size, channels = x.shape
-    down, across = ((side - taken) // stride for side, taken in zip(size, kernel.shape, strict=False))
-    total: jax.Array | None = None
-    for i in range(kernel.shape[0]):
-        for j in range(kernel.shape[1]):
-            last = (batch, i + stride * down + 1, j + stride * across + 1, channels)
-            product = matmul(lax.slice(x, (0, i, j, 0), last, (1, stride, stride, 1)), kernel[i, j], x.dtype)
-            total = product if total is None else total + product
-    assert total is not None
-    return total.astype(x.dtype)
+def _as_product(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    """`convolution` as one product, of what the kernel sees from each place (im2col), strip by strip of the map."""
+    batch, height, width, channels = x.shape
+    tall, wide = kernel.shape[:2]
+    (above, below), (left, right) = padding
+    down, across = (height + above + below - tall) // stride + 1, (width + left + right - wide) // stride + 1
+    count = -(-batch * down * across * tall * wide * channels // STRIP)
+    rows = -(-down // min(count, down))  # of the result in a strip
+    count = -(-down // rows)
+    seen = stride * (rows - 1) + tall
+    more = max(0, stride * rows * (count - 1) + seen - height - above - below)  # for the last strip, if it is ragged
+    x = jnp.pad(x, ((0, 0), (above, below + more), (left, right), (0, 0)))
+    matrix = kernel.reshape(tall * wide * channels, -1)
+
+    def strip(first: jax.Array | int) -> jax.Array:
+        part = lax.dynamic_slice_in_dim(x, first, seen, 1)
+        ends = stride * (rows - 1) + 1, stride * (across - 1) + 1
+        views = [
+            lax.slice(part, (0, i, j, 0), (batch, i + ends[0], j + ends[1], channels), (1, stride, stride, 1))
+            for i in range(tall)
+            for j in range(wide)
+        ]
+        return matmul(jnp.concatenate(views, -1), matrix, x.dtype).astype(x.dtype)
+
+    if count == 1:
+        return strip(0)
+    strips = lax.map(strip, stride * rows * jnp.arange(count))
+    return jnp.moveaxis(strips, 0, 1).reshape(batch, count * rows, across, -1)[:, :down]

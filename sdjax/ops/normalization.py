@@ -1,4 +1,7 @@
-"""Group and layer normalisation: statistics in float32 by two passes, whatever the dtype of the input."""
+"""Group and layer normalisation: statistics in float32 by two passes, whatever the dtype of the input.
+
+A group norm stays in float32: what follows is an activation, which a CPU would compute in bfloat16 at half the speed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, eps
       epsilon: added to the variance.
 
     Returns:
-      An array of x's shape and dtype.
+      An array of x's shape, float32.
     """
     # Rank 4, pixels flattened: XLA's CPU kernels are wrong or slow from rank 6 up.
     grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
@@ -35,7 +38,7 @@ def normalize(
     grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
     gain = lax.rsqrt(variance + epsilon) * scale.astype(jnp.float32).reshape(1, 1, groups, -1)
     normed = (grouped - mean) * gain + bias.astype(jnp.float32).reshape(1, 1, groups, -1)
-    return normed.reshape(x.shape).astype(x.dtype)
+    return normed.reshape(x.shape)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
