@@ -2,9 +2,9 @@
 
 Stable Diffusion 1.5 at full size with random weights, 512 x 512, classifier-free guidance (a batch of two). Every
 figure is a ratio to a peer that was measured in the same run, on the same cores, in the same precision, with the same
-weights and inputs, turn by turn: contestants are processes of their own that take a turn each when told to. The
-outputs are compared too. The environment this runs in has sdjax, PyTorch and diffusers (`pip install -e ".[test]"`);
-the others have their own, and a peer whose Python is not given is left out:
+weights and inputs, turn by turn: contestants are processes of their own that take a turn each when told to, and are
+stopped while another does. The outputs are compared too. The environment this runs in has sdjax, PyTorch and diffusers
+(`pip install -e ".[test]"`); the others have their own, and a peer whose Python is not given is left out:
 
     python3 -m venv /peers/openvino
     /peers/openvino/bin/pip install openvino==2026.4.1 torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 accelerate
@@ -33,6 +33,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -107,6 +108,7 @@ class Worker:
         except RuntimeError:
             self.__exit__()
             raise
+        self.process.send_signal(signal.SIGSTOP)  # between its turns, so that no thread of it waits in a loop
 
     def read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -119,9 +121,12 @@ class Worker:
     def time(self, what: str = "") -> float:
         """Seconds of a call, in a turn of it."""
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
-        return self.read()["seconds"]
+        seconds = self.read()["seconds"]
+        self.process.send_signal(signal.SIGSTOP)
+        return seconds
 
     def __enter__(self) -> Worker:
         return self
@@ -369,10 +374,12 @@ def table(report: dict[str, Any]) -> str:
 
 
 def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+    """With the numbers that tell generations apart, as the name may not."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in fields:
+        return platform.processor()
+    return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
 def main() -> None:
