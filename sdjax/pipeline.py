@@ -137,6 +137,8 @@ class StableDiffusion:
                 "weights: they are kept of a model out of one file, without another part and with no LoRA merged; write"
                 " this one to a file first (sdjax convert, sdjax.checkpoints.save)"
             )
+        if jax.default_backend() != "cpu":
+            return None
         if self._kept.is_file():
             return self._kept
         for part in self.params:
@@ -477,7 +479,7 @@ def load(
     own, params = _placed(source, params, dtype)
     name = "default" if path is None else str(path) if on_hub else source.name
     kept = transformed.place(source, own, dtype)
-    known = {} if kept is None else transformed.read(kept, params, dtype)
+    known = transformed.read(kept, params, dtype) if kept is not None and jax.default_backend() == "cpu" else {}
     return StableDiffusion(
         config, params, Tokenizer(config.text_encoder.padding_id), dtype, name, own, _transformed=known, _kept=kept
     )

@@ -171,6 +171,15 @@ def test_of_a_small_model_there_is_nothing_to_keep(file, monkeypatch, tmp_path):
     assert not (tmp_path / "cache" / "kernels").exists()
 
 
+def test_on_a_gpu_they_are_neither_read_nor_kept(file, monkeypatch):
+    kept = sdjax.load(file).keep_prepared()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    model = sdjax.load(file, dtype="float32")
+    assert model._transformed == {}
+    assert model.keep_prepared() is None
+    assert kept.is_file()
+
+
 def test_from_the_command_line(file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(generation, "compile", lambda *_, **__: None)
     how = ["--height", "16", "--width", "24", "--steps", "1", "--model", str(file)]
