@@ -134,12 +134,12 @@ def _compile(arguments: argparse.Namespace) -> None:
     from sdjax import generation
 
     size = _batch(arguments, None, prompts)
+    settings |= {"seed": arguments.seed, "batch_size": size, "weights": arguments.weights}
+    for progress in (False, True):
+        generation.compile(prompts[:size], **{**settings, "progress": progress})
     if arguments.weights:
         kept = settings["model"].keep_prepared()
         _say("note: this model has no weights to transform" if kept is None else f"weights kept in {kept}")
-    for progress in (False, True):
-        settings["progress"] = progress
-        generation.compile(prompts[:size], seed=arguments.seed, batch_size=size, **settings)
 
 
 def _batch(arguments: argparse.Namespace, old: Recipe | None, prompts: list[str]) -> int:

@@ -193,6 +193,11 @@ def test_from_the_command_line(file, tmp_path, capsys, monkeypatch):
     assert not kept.exists()
 
 
+def test_wrong_arguments_keep_nothing(file, tmp_path):
+    assert cli.main(["compile", "--weights", "--height", "17", "--model", str(file)]) == 2
+    assert not (tmp_path / "cache" / "kernels").exists()
+
+
 @pytest.mark.slow
 def test_pictures_are_the_same(file):
     expected = sdjax.generate("a cat", model=sdjax.load(file), **OPTIONS)

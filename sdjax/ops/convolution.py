@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sdjax.ops.matmul import matmul
+from sdjax.ops.strips import in_strips
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -38,29 +39,20 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) 
 
 def _as_product(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
     """`convolution` as one product, of what the kernel sees from each place (im2col), strip by strip of the map."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     batch, height, width, channels = x.shape
     tall, wide = kernel.shape[:2]
-    (above, below), (left, right) = padding
-    down, across = (height + above + below - tall) // stride + 1, (width + left + right - wide) // stride + 1
-    count = -(-batch * down * across * tall * wide * channels // STRIP)
-    rows = -(-down // min(count, down))  # of the result in a strip
-    count = -(-down // rows)
-    seen = stride * (rows - 1) + tall
-    more = max(0, stride * rows * (count - 1) + seen - height - above - below)  # for the last strip, if it is ragged
-    x = jnp.pad(x, ((0, 0), (above, below + more), (left, right), (0, 0)))
+    down, across = (height - tall) // stride + 1, (width - wide) // stride + 1
     matrix = kernel.reshape(tall * wide * channels, -1)
 
-    def strip(first: jax.Array | int) -> jax.Array:
-        part = lax.dynamic_slice_in_dim(x, first, seen, 1)
-        ends = stride * (rows - 1) + 1, stride * (across - 1) + 1
+    def product(x: jax.Array) -> jax.Array:
+        ends = stride * ((x.shape[1] - tall) // stride) + 1, stride * (across - 1) + 1
         views = [
-            lax.slice(part, (0, i, j, 0), (batch, i + ends[0], j + ends[1], channels), (1, stride, stride, 1))
+            lax.slice(x, (0, i, j, 0), (batch, i + ends[0], j + ends[1], channels), (1, stride, stride, 1))
             for i in range(tall)
             for j in range(wide)
         ]
         return matmul(jnp.concatenate(views, -1), matrix, x.dtype).astype(x.dtype)
 
-    if count == 1:
-        return strip(0)
-    strips = lax.map(strip, stride * rows * jnp.arange(count))
-    return jnp.moveaxis(strips, 0, 1).reshape(batch, count * rows, across, -1)[:, :down]
+    count = -(-batch * down * across * matrix.shape[0] // STRIP)
+    return in_strips(product, x, down, stride, tall - stride, count)[:, :down]

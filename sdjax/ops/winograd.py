@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from sdjax.ops.matmul import matmul
+from sdjax.ops.strips import in_strips
 
 # Of large tiles a map is taken in strips of so many numbers, so that what lies between stays in a CPU's cache.
 STRIP = 2**21
@@ -100,19 +101,8 @@ def convolution(x: jax.Array, prepared: Sequence[jax.Array]) -> jax.Array:
     m = len(prepared) - 2 if large else math.isqrt(len(prepared)) - 2
     down, across = -(-height // m), -(-width // m)  # tiles
     count = -(-batch * height * width * channels // STRIP) if large else 1
-    rows = -(-down // min(count, down))  # of tiles in a strip
-    count = -(-down // rows)
-    x = jnp.pad(x, ((0, 0), (1, count * rows * m + 1 - height), (1, across * m + 1 - width), (0, 0)))
-    if count == 1:
-        out = _tiles(x, prepared, m)
-    else:
-
-        def strip(first: jax.Array) -> jax.Array:
-            return _tiles(lax.dynamic_slice_in_dim(x, first, rows * m + 2, 1), prepared, m)
-
-        strips = lax.map(strip, rows * m * jnp.arange(count))
-        out = jnp.moveaxis(strips, 0, 1).reshape(batch, -1, *strips.shape[3:])
-    return out[:, :height, :width]
+    x = jnp.pad(x, ((0, 0), (1, down * m + 1 - height), (1, across * m + 1 - width), (0, 0)))
+    return in_strips(lambda x: _tiles(x, prepared, m), x, down, m, 2, count)[:, :height, :width]
 
 
 def _tiles(x: jax.Array, prepared: Sequence[jax.Array], m: int) -> jax.Array:
