@@ -97,19 +97,26 @@ class Inputs(NamedTuple):
 
 
 class Context(NamedTuple):
-    """A `Conditioning` behind the text encoder: all variants of all prompts."""
+    """Conditionings behind the text encoder, all variants of all prompts: of K evaluations of the UNet."""
 
-    states: jax.Array  # (B, P, V, 77 N, D)
-    windows: Array  # (B, P, V, N) bool
-    variants: Array  # (B, P, T) int32
-    composition: Array  # (B, P) float32, or (B, P, h, w, 1) where prompts have regions
+    states: jax.Array  # (B, K, V, 77 N, D)
+    windows: Array  # (B, K, V, N) bool
+    variants: Array  # (B, K, T) int32
+
+
+class Ahead(NamedTuple):
+    """What the UNet or a ControlNet computes of contexts and times alone, by the path of what makes it."""
+
+    contexts: dict[str, jax.Array]  # (B, K, V, 77 N, C) of each, keys and values
+    times: dict[str, jax.Array]  # (T, C) of each
 
 
 class Conditions(NamedTuple):
     """What stays the same through the loop."""
 
-    prompt: Context
-    away: list[Context]  # what guidance leads away from: the unguided one first, then a perpendicular one
+    # What guidance leads away from, the unguided one first, then a perpendicular one; the prompts; a perturbed one.
+    context: Context
+    ahead: dict[str, Ahead]  # of the "unet", and of ControlNets by their places
     path: jax.Array | None  # (T, B, h, w, z), the rows' noises where they are one Brownian motion
     extra: jax.Array | None  # (B, h, w, z + 1): mask and masked picture; or (B, h, w, z), the picture to be edited
     clean: jax.Array | None  # (B, h, w, z): the picture's latents, scaled

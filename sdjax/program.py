@@ -16,10 +16,11 @@ from jax import lax
 
 from sdjax import guidance, noise
 from sdjax.executables import Kept
-from sdjax.job import Array, Conditions, Context, Inputs, Job, Memory, Result, State
+from sdjax.job import Ahead, Array, Conditions, Context, Inputs, Job, Memory, Result, State
 from sdjax.models import tiled
 from sdjax.models.controlnet import ControlNet, hint_channels
 from sdjax.models.gated import known_cross_attention, watched_cross_attention
+from sdjax.models.hoisted import context_projections, known_projections, time_projections
 from sdjax.models.layers import apply
 from sdjax.models.merged import merged_attention
 from sdjax.models.perturbed import identity_attention
@@ -51,17 +52,42 @@ def encode_prompts(job: Job, params: Params, conditionings: Sequence[Conditionin
     for each in conditionings:
         _, p, v, n, _ = each.token_ids.shape
         own, first = states[:, first : first + p * v * n], first + p * v * n
-        contexts.append(Context(own.reshape(b, p, v, n * length, -1), each.windows, each.variants, each.composition))
+        contexts.append(Context(own.reshape(b, p, v, n * length, -1), each.windows, each.variants))
     return contexts
 
 
-def at_row(context: Context, number: Array) -> tuple[jax.Array, jax.Array]:
-    """The variants of a row: states (B, P, 77 N, D) and windows (B, P, N)."""
-    if context.states.shape[2] == 1:
-        return context.states[:, :, 0], jnp.asarray(context.windows)[:, :, 0]
-    chosen = lax.dynamic_index_in_dim(jnp.asarray(context.variants), number, 2)[..., None]  # (B, P, 1, 1)
-    states = jnp.take_along_axis(context.states, chosen[..., None], 2)[:, :, 0]
-    return states, jnp.take_along_axis(jnp.asarray(context.windows), chosen, 2)[:, :, 0]
+def side_by_side(contexts: Sequence[Context]) -> Context:
+    """The evaluations of all of them as those of one, which has as many variants as the one of them that has most."""
+    most = max(each.states.shape[2] for each in contexts)
+
+    def filled(part: Array) -> jax.Array:
+        return jnp.pad(part, [(0, most - part.shape[2] if axis == 2 else 0) for axis in range(part.ndim)])
+
+    def joined(*parts: Array) -> jax.Array:
+        return jnp.concatenate([jnp.asarray(part) for part in parts], 1)
+
+    return jax.tree.map(joined, *[Context(filled(c.states), filled(c.windows), c.variants) for c in contexts])
+
+
+def project(job: Job, params: Params, context: Context, times: Array) -> dict[str, Ahead]:
+    """What the UNet, and every ControlNet by its place, computes of these alone. times: (T,) of the rows."""
+    config, dtype = job.config.unet, jnp.dtype(job.dtype)
+    models = {"unet": params["unet"], **{str(i): params["controls"][str(i)] for i in range(job.controls)}}
+    return {
+        name: Ahead(
+            context_projections(own, context.states, dtype), time_projections(config, own, jnp.asarray(times), dtype)
+        )
+        for name, own in models.items()
+    }
+
+
+def at_row(context: Context, x: Array, number: Array) -> jax.Array:
+    """Of what there is for each variant of a context, (B, K, V, ...), that for the variants of a row, (B, K, ...)."""
+    x = jnp.asarray(x)
+    if x.shape[2] == 1:
+        return x[:, :, 0]
+    chosen = lax.dynamic_index_in_dim(jnp.asarray(context.variants), number, 2)  # (B, K, 1)
+    return jnp.take_along_axis(x, chosen.reshape(*chosen.shape, *[1] * (x.ndim - 3)), 2)[:, :, 0]
 
 
 def encode_picture(job: Job, params: Params, pixels: Array, normal: Array) -> jax.Array:
@@ -80,6 +106,7 @@ def start(job: Job, params: Params, inputs: Inputs) -> tuple[State, Conditions]:
     prompt, *away = encode_prompts(job, params, [inputs.prompt, *others])
     if config.edits:
         away = away * 2  # without the picture, and with it
+    context = side_by_side([*away, prompt] if inputs.guide.perturbed is None else [*away, prompt, prompt])
     path = noise.brownian(inputs.seeds, inputs.rows.span, shape) if job.brownian else None
 
     start_noise = inputs.start_noise
@@ -107,18 +134,18 @@ def start(job: Job, params: Params, inputs: Inputs) -> tuple[State, Conditions]:
     x = inputs.rows.start[1] * start_noise
     if clean is not None:
         x = x + inputs.rows.start[0] * clean
-    conditions = Conditions(prompt, away, path, extra, clean, start_noise, repaint)
-    evaluations = sum(each.states.shape[1] for each in [prompt, *away]) + (inputs.guide.perturbed is not None)
-    memory = empty_memory(job, params, inputs, evaluations, prompt.states[:1, 0, 0])
+    ahead = project(job, params, context, inputs.rows.time)
+    conditions = Conditions(context, ahead, path, extra, clean, start_noise, repaint)
+    memory = empty_memory(job, params, inputs, context)
     return State(sampler_rows.initial_registers(x), memory), conditions
 
 
-def empty_memory(job: Job, params: Params, inputs: Inputs, evaluations: int, states: jax.Array) -> Memory:
-    """Of the right shapes; the first row fills it. states: (1, S, D), any context."""
+def empty_memory(job: Job, params: Params, inputs: Inputs, context: Context) -> Memory:
+    """Of the right shapes; the first row fills it."""
     batch, (h, w, _), dtype = len(inputs.seeds), job.latent_shape, jnp.dtype(job.dtype)
     deep = crossed = None
     if inputs.whole is not None:
-        deep = jnp.zeros((batch, evaluations, h, w, job.config.unet.channels[:2][-1]), dtype)
+        deep = jnp.zeros((batch, context.states.shape[1], h, w, job.config.unet.channels[:2][-1]), dtype)
     if inputs.settled is not None:
 
         def watch(params: Params, states: jax.Array) -> dict[str, jax.Array]:
@@ -133,7 +160,7 @@ def empty_memory(job: Job, params: Params, inputs: Inputs, evaluations: int, sta
                 )
             return found
 
-        shapes = jax.eval_shape(watch, params["unet"], states)
+        shapes = jax.eval_shape(watch, params["unet"], context.states[:1, 0, 0])
         crossed = {path: jnp.zeros((batch, *each.shape[1:]), each.dtype) for path, each in shapes.items()}
     return Memory(deep, crossed)
 
@@ -146,25 +173,34 @@ def step(
     guide = jax.tree.map(lambda value: value[number] if np.ndim(value) else value, inputs.guide)
 
     unet, shallow = (kind(job.config.unet, jnp.dtype(job.dtype)) for kind in (UNet, ShallowUNet))
-    memory = state.memory
+    memory, context = state.memory, conditions.context
+    b, every, _, n = context.windows.shape
+    prompts = inputs.prompt.token_ids.shape[1]  # the evaluations that are of the prompt, but a perturbed one
+    away = every - prompts - (guide.perturbed is not None)
 
     def evaluate(
-        x: jax.Array, time: jax.Array, contexts: list[Context], blind: int = 0, settled: bool = False
+        x: jax.Array, time: jax.Array, k: int, blind: int = 0, settled: bool = False
     ) -> tuple[jax.Array, Memory]:
-        """(B, h, w, z) -> (B, K, h, w, z): the outputs for all the prompts of these contexts; and what to remember.
+        """(B, h, w, z) -> (B, K, h, w, z): the outputs for the context's last K evaluations; and what to remember.
 
-        A picture's K evaluations are neighbours in the batch, so that over several devices it stays on its own. With
-        perturbed attention one more comes last, of the last prompt. The first `blind` of them do not see the picture
-        that is to be edited. Fewer evaluations than the memory has are its last ones. Settled ones take what
-        cross-attention gave from the memory.
+        A picture's evaluations are neighbours in the batch, so that over several devices it stays on its own. With
+        perturbed attention the last one is that. The first `blind` of them do not see the picture that is to be edited.
+        Settled ones take what cross-attention gave from the memory.
         """
-        contexts = contexts if guide.perturbed is None else [*contexts, conditions.prompt]
-        states, windows = (
-            jnp.concatenate(each, 1) for each in zip(*[at_row(c, number) for c in contexts], strict=True)
-        )
-        b, k, n = windows.shape
-        key_mask = None if n == 1 else jnp.repeat(windows.reshape(b * k, n), states.shape[2] // n, 1)
-        states = states.reshape(b * k, *states.shape[2:])
+
+        def shown_at(x: Array) -> jax.Array:
+            now = at_row(context, x, number)[:, -k:]
+            return now.reshape(b * k, *now.shape[2:])
+
+        states, windows = shown_at(context.states), shown_at(context.windows)
+        key_mask = None if n == 1 else jnp.repeat(windows, states.shape[1] // n, 1)
+        ahead = {
+            name: {
+                **{path: shown_at(each) for path, each in known.contexts.items()},
+                **{path: lax.dynamic_index_in_dim(each, number) for path, each in known.times.items()},
+            }
+            for name, known in conditions.ahead.items()
+        }
         x, times = jnp.repeat(x, k, 0), jnp.broadcast_to(time, (b * k,))
         shown = x
         if conditions.extra is not None:
@@ -174,13 +210,14 @@ def step(
         last = jnp.arange(b * k) % k == k - 1
 
         def added() -> Any:
-            return control(job, params, inputs, number, x, times, states, key_mask) if job.controls else None
+            return control(job, params, inputs, number, x, times, states, ahead, key_mask) if job.controls else None
 
         @contextlib.contextmanager
         def changed() -> Iterator[dict[str, jax.Array]]:
             """The UNet, and not a ControlNet beside it, as this job and row want it; what is watched of it."""
             watched: dict[str, jax.Array] = {}
             with contextlib.ExitStack() as changes:
+                changes.enter_context(known_projections(ahead["unet"]))
                 if guide.perturbed is not None:
                     changes.enter_context(identity_attention(last))
                 if job.merge is not None:
@@ -224,16 +261,15 @@ def step(
         return output.astype(jnp.float32).reshape(b, k, *output.shape[1:]), left
 
     def unguided(x: jax.Array, time: jax.Array, settled: bool = False) -> tuple[jax.Array, jax.Array, Memory]:
-        outputs, left = evaluate(x, time, [conditions.prompt], settled=settled)
+        outputs, left = evaluate(x, time, every - away, settled=settled)
         return away_from_perturbed(outputs, outputs[:, 0]), outputs[:, 0], left
 
     def guided(x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array, Memory]:
         edits = guide.image_scale is not None
-        outputs, left = evaluate(x, time, [*conditions.away, conditions.prompt], blind=int(edits))
-        first, base = outputs[:, 0], outputs[:, int(edits)]
-        each = outputs[:, len(conditions.away) :][:, : conditions.prompt.states.shape[1]]
-        alone = each.shape[1] == 1
-        conditional = each[:, 0] if alone else guidance.compose(each, base, conditions.prompt.composition)
+        outputs, left = evaluate(x, time, every, blind=int(edits))
+        first, base, each = outputs[:, 0], outputs[:, int(edits)], outputs[:, away : away + prompts]
+        alone = prompts == 1
+        conditional = each[:, 0] if alone else guidance.compose(each, base, inputs.prompt.composition)
         if guide.perpendicular is not None:
             conditional = guidance.across(conditional, base, outputs[:, 1], guide.perpendicular)
         guided = guidance.guide(conditional, base, guide.scale, guide.rescale)
@@ -297,6 +333,7 @@ def control(
     x: jax.Array,
     times: jax.Array,
     states: jax.Array,
+    ahead: dict[str, dict[str, jax.Array]],
     key_mask: jax.Array | None,
 ) -> tuple[list[jax.Array], jax.Array]:
     """The sum of what the job's ControlNets add to the UNet's skips and middle for these (B K) evaluations."""
@@ -307,7 +344,9 @@ def control(
         hint = jnp.repeat(jnp.asarray(each.hint, jnp.float32) / 255.0, len(x) // len(each.hint), 0)
         net = ControlNet(config, hint_channels(own), jnp.dtype(job.dtype))
         scale = jnp.asarray(each.scale)[number].astype(job.dtype)
-        added = jax.tree.map(lambda more, scale=scale: scale * more, apply(net, own, x, times, states, hint, key_mask))
+        with known_projections(ahead[str(i)]):
+            added = apply(net, own, x, times, states, hint, key_mask)
+        added = jax.tree.map(lambda more, scale=scale: scale * more, added)
         total = added if total is None else jax.tree.map(jnp.add, total, added)
     return total
 
