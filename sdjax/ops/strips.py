@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,3 +37,23 @@ def in_strips(
 
     strips = lax.map(strip, step * at_once * jnp.arange(count))
     return jnp.moveaxis(strips, 0, 1).reshape(x.shape[0], -1, *strips.shape[3:])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def wide_slice(x: jax.Array, first: jax.Array, size: int, axis: int) -> jax.Array:
+    """`lax.dynamic_slice_in_dim` in float32.
+
+    Of bfloat16 XLA's CPU backend would make a float32 copy of the whole array, ahead of a loop too, and slice that.
+    So it is sliced as integers; they are the upper halves of float32's.
+    """
+    if x.dtype != jnp.bfloat16:
+        return lax.dynamic_slice_in_dim(x, first, size, axis).astype(jnp.float32)
+    bits = lax.dynamic_slice_in_dim(lax.bitcast_convert_type(x, jnp.uint16), first, size, axis)
+    return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+
+
+@wide_slice.defjvp
+def _wide_slice_jvp(size: int, axis: int, primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+    x, first = primals
+    change = lax.dynamic_slice_in_dim(tangents[0], first, size, axis).astype(jnp.float32)
+    return wide_slice(x, first, size, axis), change
