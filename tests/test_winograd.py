@@ -18,6 +18,13 @@ SIZES = [(8, 8), (7, 9), (5, 1), (17, 30)]
 ERRORS = {("float32", 2): 1e-6, ("float32", 4): 3e-6, ("bfloat16", 2): 1e-2}
 
 
+BIAS = np.linspace(-2, 2, 24, dtype=np.float32)
+
+
+def wide(x):
+    return np.array(x.astype(jnp.float32))
+
+
 def picture(size, channels=24):
     return np.random.default_rng(0).standard_normal((2, *size, channels), np.float32)
 
@@ -37,23 +44,25 @@ def by_torch(x, kernel, doubled=None):
 def error(found, expected):
     expected = expected.numpy()
     assert found.shape == expected.shape
-    return np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
+    return np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("dtype", "m"), ERRORS)
-def test_convolution(size, dtype, m):
-    own = winograd.prepare(kernel(), m, dtype)
-    assert error(winograd.convolution(picture(size), own), by_torch(picture(size), kernel())) < ERRORS[dtype, m]
+@pytest.fixture(params=[None, 1, 3000, 20000], ids=["whole", "rows", "strips", "large strips"])
+def strip(request, monkeypatch):
+    """As many strips as there are rows of tiles, and fewer, the last of them not full."""
+    if request.param is not None:
+        monkeypatch.setattr(winograd, "STRIP", dict.fromkeys(winograd.STRIP, request.param))
+        monkeypatch.setattr(winograd, "TILES", 1)
 
 
 @pytest.mark.parametrize("size", [*SIZES, (31, 30)])
-@pytest.mark.parametrize("strip", [1, 3000, 20000])
-def test_in_strips(size, strip, monkeypatch):
-    """As many as there are rows of tiles, and fewer, the last of them not full."""
-    own = winograd.prepare(kernel(), 4, "float32")
-    monkeypatch.setattr(winograd, "STRIP", strip)
-    assert error(winograd.convolution(picture(size), own), by_torch(picture(size), kernel())) < ERRORS["float32", 4]
+@pytest.mark.parametrize(("dtype", "m"), ERRORS)
+@pytest.mark.parametrize("features", [20, 24], ids=["", "in place"])
+def test_convolution(strip, size, dtype, m, features):
+    weights, x = kernel(features=features), jnp.asarray(picture(size), dtype)
+    found = winograd.convolution(x, winograd.prepare(weights, m, dtype), BIAS[:features])
+    assert found.dtype == dtype
+    assert error(found, by_torch(wide(x), weights) + BIAS[:features]) < ERRORS[dtype, m]
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
@@ -97,22 +106,46 @@ def test_a_unet_in_blocks_of_tokens(tiny, monkeypatch):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("cut", [(0, 0), (1, 0), (0, 1), (1, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_convolution_of_a_doubled_map(size, cut, dtype):
+def test_convolution_of_a_doubled_map(strip, size, cut, dtype):
     doubled = 2 * size[0] - cut[0], 2 * size[1] - cut[1]
-    own = winograd.prepare_upsampled(kernel(), dtype)
-    expected = by_torch(picture(size), kernel(), doubled)
-    assert error(winograd.upsampled(picture(size), own, doubled), expected) < ERRORS[dtype, 2]
+    x, own = jnp.asarray(picture(size), dtype), winograd.prepare_upsampled(kernel(), dtype)
+    found = winograd.upsampled(x, own, BIAS[:20], doubled)
+    assert found.dtype == dtype
+    assert error(found, by_torch(wide(x), kernel(), doubled) + BIAS[:20]) < ERRORS[dtype, 2]
 
 
-def test_its_gradient_is_the_convolutions():
-    x, own = jnp.asarray(picture((6, 7))), winograd.prepare(kernel(), 4, "float32")
-    found = jax.grad(lambda x: jnp.sin(winograd.convolution(x, own)).sum())(x)
-    theirs = torch.from_numpy(picture((6, 7))).double().requires_grad_()
-    convolved = functional.conv2d(
-        theirs.permute(0, 3, 1, 2), torch.from_numpy(kernel()).double().permute(3, 2, 0, 1), padding=1
-    )
-    convolved.sin().sum().backward()
-    assert error(found, theirs.grad) < 1e-4
+@pytest.mark.parametrize("way", ["small", "large", "doubled", "product"])
+def test_gradients_are_the_convolutions(strip, monkeypatch, way):
+    """By the map, by what its products are with, and by the bias; and of the map alone."""
+    x, weights = picture((6, 7)), kernel(4, 5)[:, :, :, :5]
+    x, bias = x[..., :4], BIAS[:5]
+    if way == "product":
+        monkeypatch.setattr(convolution, "CHANNELS", 1)
+        monkeypatch.setattr(convolution, "STRIP", 1)
+
+    def ours(x, weights, bias):
+        if way == "product":
+            return convolution.convolution(x, weights, 1, ((1, 1), (1, 1))) + bias.reshape(1, 1, 1, -1)
+        if way == "doubled":
+            along = np.array([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]], np.float32)
+            own = jnp.einsum("ai,bj,ijIO->abIO", along, along, weights)
+            return winograd.upsampled(x, list(own.reshape(9, 4, 5)), bias, (12, 14))
+        m = {"small": 2, "large": 4}[way]
+        along = winograd.transform(m).kernel.astype(np.float32)
+        own = jnp.einsum("ai,bj,ijIO->abIO" if m == 2 else "ai,bj,ijIO->baIO", along, along, weights)
+        return winograd.convolution(x, list(own.reshape(-1, 4, 5) if m == 2 else own), bias)
+
+    def theirs(x, weights, bias):
+        x = x.permute(0, 3, 1, 2)
+        x = functional.interpolate(x, (12, 14)) if way == "doubled" else x
+        return functional.conv2d(x, weights.permute(3, 2, 0, 1), bias, padding=1)
+
+    found = jax.grad(lambda *a: jnp.sin(ours(*a)).sum(), (0, 1, 2))(x, weights, bias)
+    alone = jax.grad(lambda x: jnp.sin(ours(x, weights, bias)).sum())(jnp.asarray(x))
+    given = [torch.from_numpy(array).double().requires_grad_() for array in (x, weights, bias)]
+    theirs(*given).sin().sum().backward()
+    for each, expected in zip((*found, alone), (*given, given[0]), strict=True):
+        assert error(each, expected.grad) < 2e-5
 
 
 @pytest.fixture

@@ -104,25 +104,26 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x, changes, dtype = x.astype(self.dtype), changes_of(self), self.dtype
+        x, dtype = x.astype(self.dtype), self.dtype
         taken = x if self.doubled is None else repeated(x, self.doubled)
         if self.has_variable("params", "winograd"):  # `sdjax.models.prepared` put it there, in place of the kernel
             prepared: list[jax.Array] = self.get_variable("params", "winograd")
+            bias: jax.Array = self.get_variable("params", "bias")
             if self.doubled is None:
-                out = winograd.convolution(x, prepared)
+                out = winograd.convolution(x, prepared, bias)
             else:
-                out = winograd.upsampled(x, prepared, self.doubled)
+                out = winograd.upsampled(x, prepared, bias, self.doubled)
         else:
             shape = (self.size, self.size, x.shape[-1], self.features)
             kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape)
             out = convolution(taken, kernel.astype(dtype), self.stride, self.padding)
-        for change in changes:
+            if self.use_bias:
+                bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
+                out = out + bias.astype(dtype).reshape(1, 1, 1, -1)
+        for change in changes_of(self):
             low = convolution(taken, change["down"].astype(dtype), self.stride, self.padding)
-            out = out + (change["weight"] * matmul(low, change["up"], dtype)).astype(out.dtype)
-        if self.use_bias:
-            bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
-            out = out + bias.astype(out.dtype).reshape(1, 1, 1, -1)
-        return out.astype(dtype)
+            out = out + (change["weight"] * matmul(low, change["up"], dtype)).astype(dtype)
+        return out
 
 
 def repeated(x: jax.Array, size: tuple[int, ...]) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sdjax.ops.strips import wide_slice
+from sdjax.ops.strips import as_integers, widened
 
 # So many values at a time stay in a CPU's cache.
 BLOCK = 2**21
@@ -56,8 +56,8 @@ def moments(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
     if size == pixels:
         means, variances = (each[:, None] for each in block(x.astype(jnp.float32)))
     else:
-        starts = size * jnp.arange(pixels // size)
-        each = lax.map(lambda start: block(wide_slice(x, start, size, 1)), starts)
+        starts, source = size * jnp.arange(pixels // size), as_integers(x)
+        each = lax.map(lambda start: block(widened(lax.dynamic_slice_in_dim(source, start, size, 1))), starts)
         means, variances = (jnp.moveaxis(part, 0, 1) for part in each)
     grouped = (batch, -1, groups, channels // groups)
     means, variances = means.reshape(grouped), variances.reshape(grouped)

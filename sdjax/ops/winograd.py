@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from sdjax.ops.matmul import matmul
-from sdjax.ops.strips import in_strips
+from sdjax.ops.strips import change_of_product, in_strips
 
-# Of large tiles a map is taken in strips of so many numbers, so that what lies between stays in a CPU's cache.
-STRIP = 2**21
+# A map is taken in strips of so many numbers for each m, so that what lies between stays in a CPU's cache.
+STRIP = {2: 2**20, 4: 2**21}
+# With fewer small tiles at a time the products, as many as without strips, wait for their matrices.
+TILES = 512
 # The usual points of m = 4, which are 0, ±1 and ±2, have twice the error of these.
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
 
@@ -86,23 +89,46 @@ def _prepare(kernel: np.ndarray, places: np.ndarray, dtype: jax.typing.DTypeLike
     return out.reshape(len(matrix), *kernel.shape[2:])
 
 
-def convolution(x: jax.Array, prepared: Sequence[jax.Array]) -> jax.Array:
+@jax.custom_jvp
+def convolution(x: jax.Array, prepared: Sequence[jax.Array], bias: jax.Array) -> jax.Array:
     """The 3x3 convolution of stride 1 with a border of zeros.
 
     Args:
       x: (B, H, W, I), of any size.
       prepared: what `prepare` returns, in the dtype of the products; they are summed in float32.
+      bias: (O,), added in float32.
 
     Returns:
-      (B, H, W, O) float32.
+      (B, H, W, O), of x's dtype.
     """
     batch, height, width, channels = x.shape
-    large = prepared[0].ndim == 3
-    m = len(prepared) - 2 if large else math.isqrt(len(prepared)) - 2
+    m = _tile(prepared)
     down, across = -(-height // m), -(-width // m)  # tiles
-    count = -(-batch * height * width * channels // STRIP) if large else 1
-    x = jnp.pad(x, ((0, 0), (1, down * m + 1 - height), (1, across * m + 1 - width), (0, 0)))
-    return in_strips(lambda x: _tiles(x, prepared, m), x, down, m, 2, count)[:, :height, :width]
+    count = -(-batch * height * width * channels // STRIP[m])
+    if m == 2:
+        count = min(count, max(batch * down * across // TILES, 1))
+
+    def layer(x: jax.Array) -> jax.Array:
+        return _tiles(x, prepared, m)[:, :, :width] + _wide(bias)
+
+    padding = ((1, down * m + 1 - height), (1, across * m + 1 - width))
+    return in_strips(layer, x, padding, down, m, 2, count)[:, :height]
+
+
+@functools.partial(convolution.defjvp, symbolic_zeros=True)
+def _convolution_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    m = _tile(primals[1])
+
+    def whole(x: jax.Array, prepared: Sequence[jax.Array]) -> jax.Array:
+        _, height, width, _ = x.shape
+        padding = ((0, 0), (1, -height % m + 1), (1, -width % m + 1), (0, 0))
+        return _tiles(jnp.pad(x, padding), prepared, m)[:, :height, :width]
+
+    return convolution(*primals), _change(whole, primals, tangents)
+
+
+def _tile(prepared: Sequence[jax.Array]) -> int:
+    return len(prepared) - 2 if prepared[0].ndim == 3 else math.isqrt(len(prepared)) - 2
 
 
 def _tiles(x: jax.Array, prepared: Sequence[jax.Array], m: int) -> jax.Array:
@@ -139,7 +165,8 @@ def _tiles(x: jax.Array, prepared: Sequence[jax.Array], m: int) -> jax.Array:
     return out.reshape(batch, down * m, across * m, -1)
 
 
-def upsampled(x: jax.Array, prepared: Sequence[jax.Array], size: tuple[int, ...]) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def upsampled(x: jax.Array, prepared: Sequence[jax.Array], bias: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """The same convolution of the map doubled by repetition, with four times fewer products.
 
     Along one axis, with the differences d[i] = x[i] - x[i - 1] and the kernel's sum s, two neighbouring results are
@@ -151,22 +178,52 @@ def upsampled(x: jax.Array, prepared: Sequence[jax.Array], size: tuple[int, ...]
     Args:
       x: (B, H, W, I).
       prepared: what `prepare_upsampled` returns, in the dtype of the products; they are summed in float32.
+      bias: (O,), added in float32.
       size: (H', W') of the doubled map, each 2H, or 2H - 1 where its last row is cut off before the convolution.
 
     Returns:
-      (B, H', W', O) float32.
+      (B, H', W', O), of x's dtype.
     """
+    batch, height, width, channels = x.shape
+    whole = size == (2 * height, 2 * width)  # else the last rows are not like the others
+    count = -(-batch * height * width * channels // STRIP[2]) if whole else 1
+    count = min(count, max(batch * height * width // TILES, 1))
+
+    def layer(x: jax.Array) -> jax.Array:
+        cut = (x.shape[1] * 2 - 4, size[1]) if whole else size
+        return _doubled(x, prepared, cut) + _wide(bias)
+
+    return in_strips(layer, x, ((1, 1), (1, 1)), height, 1, 2, count)[:, : size[0]]
+
+
+@functools.partial(upsampled.defjvp, symbolic_zeros=True)
+def _upsampled_jvp(
+    size: tuple[int, ...], primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    def whole(x: jax.Array, prepared: Sequence[jax.Array]) -> jax.Array:
+        return _doubled(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), prepared, size)
+
+    return upsampled(*primals, size), _change(whole, primals, tangents)
+
+
+def _doubled(x: jax.Array, prepared: Sequence[jax.Array], size: tuple[int, ...]) -> jax.Array:
+    """`upsampled` of a map with a border of one, (B, H + 2, W + 2, I) -> (B, H', W', O) float32."""
     x = x.astype(jnp.float32)
 
-    def difference(x: jax.Array, axis: int) -> jax.Array:
-        """One longer along the axis: beyond the border there are zeros."""
-        border = [(0, 0)] * 4
-        before, after = border.copy(), border.copy()
-        before[axis], after[axis] = (1, 0), (0, 1)
-        return jnp.pad(x, after) - jnp.pad(x, before)
+    def inner(x: jax.Array, axis: int) -> jax.Array:
+        return lax.slice_in_dim(x, 1, x.shape[axis] - 1, axis=axis)
 
-    down = difference(x, 1)
-    maps = {(0, 0): x, (0, 1): difference(x, 2), (1, 0): down, (1, 1): difference(down, 2)}
+    def difference(x: jax.Array, axis: int) -> jax.Array:
+        """One longer along the axis than what is within the border."""
+        return lax.slice_in_dim(x, 1, None, axis=axis) - lax.slice_in_dim(x, 0, x.shape[axis] - 1, axis=axis)
+
+    down, level = difference(x, 1), inner(x, 1)
+    maps = {
+        (0, 0): inner(level, 2),
+        (0, 1): difference(level, 2),
+        (1, 0): inner(down, 2),
+        (1, 1): difference(down, 2),
+    }
     kinds = (1, 0, 1)  # of the three products along an axis: of differences, of the map itself, of differences
 
     def product(a: int, b: int) -> jax.Array:
@@ -186,6 +243,19 @@ def upsampled(x: jax.Array, prepared: Sequence[jax.Array], size: tuple[int, ...]
 
     first, middle, last = (interleave(product(a, 0), product(a, 1), product(a, 2), 2) for a in range(3))
     return interleave(first, middle, last, 1)[:, : size[0], : size[1]]
+
+
+def _change(product: Callable[[Any, Any], jax.Array], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> jax.Array:
+    """The tangent of product(x, prepared) + bias, of x's dtype."""
+    change = change_of_product(product, primals[:2], tangents[:2])
+    if not isinstance(tangents[2], SymbolicZero):
+        change = change + _wide(tangents[2])
+    return change.astype(primals[0].dtype)
+
+
+def _wide(bias: jax.Array) -> jax.Array:
+    """(O,) -> (1, 1, 1, O) float32."""
+    return bias.astype(jnp.float32).reshape(1, 1, 1, -1)
 
 
 def combine(weights: Sequence[float], arrays: Sequence[jax.Array]) -> jax.Array:
