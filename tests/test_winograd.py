@@ -47,22 +47,31 @@ def error(found, expected):
     return np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
 
 
-@pytest.fixture(params=[None, 1, 3000, 20000], ids=["whole", "rows", "strips", "large strips"])
-def strip(request, monkeypatch):
-    """As many strips as there are rows of tiles, and fewer, the last of them not full."""
-    if request.param is not None:
-        monkeypatch.setattr(winograd, "STRIP", dict.fromkeys(winograd.STRIP, request.param))
-        monkeypatch.setattr(winograd, "TILES", 1)
+@pytest.fixture(params=[1, 20000], ids=["rows", "strips"])
+def strips(request, monkeypatch):
+    """As many as there are rows of tiles, and fewer, the last of them not full."""
+    monkeypatch.setattr(winograd, "STRIP", dict.fromkeys(winograd.STRIP, request.param))
+    monkeypatch.setattr(winograd, "TILES", 1)
 
 
-@pytest.mark.parametrize("size", [*SIZES, (31, 30)])
-@pytest.mark.parametrize(("dtype", "m"), ERRORS)
-@pytest.mark.parametrize("features", [20, 24], ids=["", "in place"])
-def test_convolution(strip, size, dtype, m, features):
+def check_convolution(size, dtype, m, features=20):
     weights, x = kernel(features=features), jnp.asarray(picture(size), dtype)
     found = winograd.convolution(x, winograd.prepare(weights, m, dtype), BIAS[:features])
     assert found.dtype == dtype
     assert error(found, by_torch(wide(x), weights) + BIAS[:features]) < ERRORS[dtype, m]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("dtype", "m"), ERRORS)
+def test_convolution(size, dtype, m):
+    check_convolution(size, dtype, m)
+
+
+@pytest.mark.parametrize("size", [(17, 30), (30, 31)])
+@pytest.mark.parametrize(("dtype", "m"), ERRORS)
+@pytest.mark.parametrize("features", [20, 24], ids=["", "in place"])
+def test_convolution_in_strips(strips, size, dtype, m, features):
+    check_convolution(size, dtype, m, features)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])
@@ -106,8 +115,16 @@ def test_a_unet_in_blocks_of_tokens(tiny, monkeypatch):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("cut", [(0, 0), (1, 0), (0, 1), (1, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_convolution_of_a_doubled_map(strip, size, cut, dtype):
-    doubled = 2 * size[0] - cut[0], 2 * size[1] - cut[1]
+def test_convolution_of_a_doubled_map(size, cut, dtype):
+    check_doubled(size, (2 * size[0] - cut[0], 2 * size[1] - cut[1]), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_convolution_of_a_doubled_map_in_strips(strips, dtype):
+    check_doubled((17, 30), (34, 60), dtype)
+
+
+def check_doubled(size, doubled, dtype):
     x, own = jnp.asarray(picture(size), dtype), winograd.prepare_upsampled(kernel(), dtype)
     found = winograd.upsampled(x, own, BIAS[:20], doubled)
     assert found.dtype == dtype
@@ -115,8 +132,10 @@ def test_convolution_of_a_doubled_map(strip, size, cut, dtype):
 
 
 @pytest.mark.parametrize("way", ["small", "large", "doubled", "product"])
-def test_gradients_are_the_convolutions(strip, monkeypatch, way):
-    """By the map, by what its products are with, and by the bias; and of the map alone."""
+def test_gradients_are_the_convolutions(monkeypatch, way):
+    """By the map, by what its products are with, and by the bias; and of the map alone. All in strips."""
+    monkeypatch.setattr(winograd, "STRIP", dict.fromkeys(winograd.STRIP, 1))
+    monkeypatch.setattr(winograd, "TILES", 1)
     x, weights = picture((6, 7)), kernel(4, 5)[:, :, :, :5]
     x, bias = x[..., :4], BIAS[:5]
     if way == "product":
