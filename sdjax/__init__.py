@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from sdjax.fast import Fast as Fast
     from sdjax.generation import compile as compile
     from sdjax.generation import generate as generate
+    from sdjax.loading import load as load
     from sdjax.pipeline import StableDiffusion as StableDiffusion
-    from sdjax.pipeline import load as load
     from sdjax.schedule import Schedule as Schedule
 
 __version__ = "0.1.0"
@@ -31,7 +31,7 @@ _HOMES = {
     "compile": "sdjax.generation",
     "generate": "sdjax.generation",
     "guidance": "sdjax",
-    "load": "sdjax.pipeline",
+    "load": "sdjax.loading",
     "prompts": "sdjax",
     "samplers": "sdjax",
     "spacings": "sdjax",

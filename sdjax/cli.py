@@ -167,9 +167,9 @@ def _loaded(arguments: argparse.Namespace, old: Recipe | None) -> dict[str, Any]
         raise ValueError(f"--model: there is no {arguments.model}")
 
     # From here on it takes seconds.
-    from sdjax import control, fast, guidance, pipeline, plan
+    from sdjax import control, fast, guidance, loading, plan
 
-    model = pipeline.load(arguments.model, dtype=arguments.dtype or (old.dtype if old else None))
+    model = loading.load(arguments.model, dtype=arguments.dtype or (old.dtype if old else None))
     if arguments.vae is not None:
         model = model.with_part(arguments.vae, "vae")
     for path, weight in arguments.lora:

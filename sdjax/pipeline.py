@@ -1,10 +1,9 @@
-"""A model: its configuration, its weights, and its parts as functions; and how one is loaded."""
+"""A model: its configuration, its weights, and its parts as functions."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -25,11 +24,11 @@ from sdjax.models.text_encoder import TextEncoder
 from sdjax.models.tiny_decoder import TinyDecoder
 from sdjax.models.unet import UNet
 from sdjax.models.vae import VAE
-from sdjax.schedule import PREDICTIONS, Schedule
+from sdjax.placement import combined, digest, everywhere, placed
+from sdjax.schedule import Schedule
 from sdjax.tokenizer import Tokenizer
 
 Params = Any
-DTYPES = ("float32", "bfloat16")  # float16 overflows in the VAE
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
@@ -196,7 +195,7 @@ class StableDiffusion:
         if not (self.loras or self.embeddings):
             return self.digest
         loras = (f"{lora.digest}:{lora.weight!r}" for lora in self.loras)
-        return _combined(self.digest, *loras, *(f"{word}:{own}" for word, own in self.embeddings))
+        return combined(self.digest, *loras, *(f"{word}:{own}" for word, own in self.embeddings))
 
     def with_lora(self, path: str | Path, weight: float = 1.0, name: str | None = None) -> StableDiffusion:
         """The same model with a LoRA beside its weights: kohya's, diffusers' or PEFT's file for this kind of model.
@@ -302,14 +301,14 @@ class StableDiffusion:
             (self.controls or self.tiny_decoder is not None) and config.vae.factor != self.config.vae.factor
         ):
             raise ValueError(f"part: the model's ControlNets or TAESD do not fit this {part}; add theirs after it")
-        own, params = _placed(path, found, self.dtype)
+        own, params = placed(path, found, self.dtype)
         return dataclasses.replace(
             self,
             config=config,
             params={**self.params, part: params},
             tokenizer=Tokenizer(config.text_encoder.padding_id, self.tokenizer.words),
             file=f"{self.file} + {path.name}",
-            digest=_combined(self.digest, part, own),
+            digest=combined(self.digest, part, own),
             _kept=None,
         )
 
@@ -330,7 +329,7 @@ class StableDiffusion:
         if name in self.controls:
             raise ValueError(f"name: there is a ControlNet {name!r} already; give this one another")
         found = checkpoints.controlnet.read(path, self.config, control_shapes)
-        return dataclasses.replace(self, controls={**self.controls, name: Net(*_placed(path, found, self.dtype))})
+        return dataclasses.replace(self, controls={**self.controls, name: Net(*placed(path, found, self.dtype))})
 
     def with_tiny_decoder(self, path: str | Path) -> StableDiffusion:
         """The same model with TAESD's decoder, for `preview` and `Fast.tiny_vae`.
@@ -346,7 +345,7 @@ class StableDiffusion:
                 f"{path}: TAESD is for latents of 4 channels, an eighth of the picture's size"
             )
         found = checkpoints.tiny_decoder.read(Path(path), checkpoints.flatten(tiny_decoder_shapes()))
-        return dataclasses.replace(self, tiny_decoder=Net(*_placed(path, found, self.dtype)))
+        return dataclasses.replace(self, tiny_decoder=Net(*placed(path, found, self.dtype)))
 
     def preview(self, latents: jax.Array) -> np.ndarray:
         """What a callback's latents (B, h, w, z) look like: (B, H, W, 3) uint8; by TAESD where the model has it."""
@@ -438,92 +437,7 @@ class StableDiffusion:
         return samplers.create(algorithm, **{**own, **options})
 
 
-def load(
-    path: str | Path | None = None,
-    *,
-    dtype: str | None = None,
-    prediction: str | None = None,
-    ema: bool | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-) -> StableDiffusion:
-    """Reads a model: the one that ships, a native file, a `.ckpt` or `.safetensors` of SD 1 or 2, a diffusers folder.
-
-    Args:
-      path: a file or a folder; the name of one on the Hugging Face hub, "owner/name" or "owner/name/file" (the extra
-        `hub`); None for the model that ships.
-      dtype: of computation: "float32" or "bfloat16". None takes float32 on a CPU and bfloat16 elsewhere.
-      prediction: "epsilon", "v" or "sample", in place of what the checkpoint says of itself.
-      ema: which weights of the UNet to take from a file that holds two sets: True the moving averages, False the last
-        ones of training, None the averages where there are any.
-      variant: of a diffusers folder's weights, such as "fp16"; None prefers those without one.
-      revision: of a name on the hub: a branch, a tag or, to have the same model for ever, a commit.
-
-    Raises:
-      ValueError: for arguments that are none of these.
-      CheckpointError: for a file that is not such a model, not whole, or not safe; it says what it is.
-    """
-    if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    if prediction not in (None, *PREDICTIONS):
-        raise ValueError(f"prediction: expected one of {', '.join(PREDICTIONS)}, got {prediction!r}")
-    source = Path(__file__).with_name("default_model") / "model.safetensors" if path is None else Path(path)
-    on_hub = path is not None and checkpoints.hub.is_name(str(path))
-    if on_hub:
-        source = checkpoints.hub.fetch(str(path), revision, variant)
-    elif revision is not None:
-        raise ValueError(f"revision: {path} is no name on the hub")
-    config, params = checkpoints.load(source, shapes, ema=ema, prediction=prediction, variant=variant)
-    own, params = _placed(source, params, dtype)
-    name = "default" if path is None else str(path) if on_hub else source.name
-    kept = transformed.place(source, own, dtype)
-    known = transformed.read(kept, params, dtype) if kept is not None and jax.default_backend() == "cpu" else {}
-    return StableDiffusion(
-        config, params, Tokenizer(config.text_encoder.padding_id), dtype, name, own, _transformed=known, _kept=kept
-    )
-
-
 def _weight(weight: Any) -> float:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise ValueError(f"weight: expected a finite number, got {weight!r}")
     return float(weight)
-
-
-def everywhere(params: Params, mesh: jax.sharding.Mesh | None) -> Params:
-    """Parameters on every device of a mesh; where there is none, as they are."""
-    if mesh is None:
-        return params
-    return jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-
-
-def _placed(path: str | Path, params: Params, dtype: str) -> tuple[str, Params]:
-    """The digest of weights as they are computed with, and these on the device.
-
-    Raises:
-      CheckpointError: some are too large for the dtype; the path is for its message.
-    """
-    leaves, widest = checkpoints.flatten(params), jnp.finfo(dtype).max
-    # Already of this dtype, a file's memory-mapped arrays are used as they lie.
-    host = {name: checkpoints.contiguous(np.asarray(x), jnp.dtype(dtype)) for name, x in leaves.items()}
-    narrowed = [name for name, x in leaves.items() if jnp.finfo(x.dtype).max > widest]
-    if overflown := [name for name in narrowed if not checkpoints.is_finite(host[name])]:
-        raise checkpoints.CheckpointError(
-            f"{path}: numbers too large for {dtype} in {len(overflown)} tensors: {checkpoints.shorten(overflown)}"
-        )
-    tree = checkpoints.unflatten(host)
-    return digest(tree), jax.device_put(tree)
-
-
-def _combined(*digests: str) -> str:
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
-
-
-def digest(params: Params) -> str:
-    """16 hexadecimal digits from the names, shapes and dtypes of all tensors, and the first 4 KiB of each."""
-    digest = hashlib.sha256()
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}".encode())
-        digest.update(np.ascontiguousarray(x.reshape(-1)[: 4096 // x.itemsize]).tobytes())
-    return digest.hexdigest()[:16]

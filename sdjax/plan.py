@@ -16,13 +16,14 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from sdjax import arguments, control, images, pipeline, samplers, tasks
+from sdjax import arguments, control, images, loading, samplers, tasks
 from sdjax import fast as fast_ways
 from sdjax import guidance as guidance_functions
 from sdjax.canvas import PictureSource, read_canvases
 from sdjax.job import Followed, Guide, Inputs, Job
 from sdjax.models.unet import largest_map_with_attention
 from sdjax.pipeline import StableDiffusion
+from sdjax.placement import everywhere
 from sdjax.prompts import encode, split_and
 from sdjax.recipe import Recipe, texts
 
@@ -53,7 +54,7 @@ class Plan:
     def params(self) -> Any:
         """Of the program, on the devices that run it. Of a large model they take seconds to make ready."""
         nets = self.model.prepared_controls if self.followed else {}
-        return pipeline.everywhere(self._chosen(self.model.prepared, nets), self.mesh)
+        return everywhere(self._chosen(self.model.prepared, nets), self.mesh)
 
     @property
     def shapes(self) -> Any:
@@ -129,7 +130,7 @@ def plan(
     if model is None:
         model = _default_model()
     elif not isinstance(model, StableDiffusion):
-        model = pipeline.load(model)
+        model = loading.load(model)
     config = model.config
     if output_type not in ("pil", "np", "latent"):
         raise ValueError(f'output_type: expected "pil", "np" or "latent", got {output_type!r}')
@@ -318,7 +319,7 @@ def versions(mesh: Mesh | None = None) -> dict[str, str]:
 
 @functools.cache
 def _default_model() -> StableDiffusion:
-    return pipeline.load()
+    return loading.load()
 
 
 def _recorded(options: guidance_functions.Options | fast_ways.Fast) -> dict[str, Any]:

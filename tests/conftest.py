@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from sdjax import pipeline
+from sdjax import loading, pipeline
 from sdjax.checkpoints import native
 from sdjax.models.config import TINY
 
@@ -57,7 +57,7 @@ def tiny_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(tiny_file):
     """The model of `tiny_file`."""
-    return pipeline.load(tiny_file)
+    return loading.load(tiny_file)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import sdjax
-from sdjax import checkpoints, cli, generation, images, options, outputs, pipeline, plan, recipe, samplers
+from sdjax import checkpoints, cli, generation, images, loading, options, outputs, pipeline, plan, recipe, samplers
 from sdjax.models.config import TINY
 from sdjax.schedule import PREDICTIONS
 from sdjax.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def made(monkeypatch):
             result.append(picture)
         return result
 
-    monkeypatch.setattr(pipeline, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     monkeypatch.setattr(generation, "generate", generate)
     monkeypatch.setattr(plan, "versions", lambda: dict(VERSIONS))
     return calls
@@ -181,7 +181,7 @@ def test_every_argument_of_generate_has_an_option(capsys):
 
 
 def test_dtypes_are_those_there_are():
-    assert options.DTYPES == pipeline.DTYPES == checkpoints.DTYPES
+    assert options.DTYPES == loading.DTYPES == checkpoints.DTYPES
     assert ("native", *checkpoints.LAYOUTS) == options.LAYOUTS
     assert options.PREDICTIONS == PREDICTIONS
 
@@ -380,7 +380,7 @@ def test_a_value_error_is_one_line_and_writes_nothing(made, monkeypatch, capsys)
     def refuse(*_, **__):
         raise checkpoints.errors.CheckpointError("a.ckpt: \x1b[2J is missing")
 
-    monkeypatch.setattr(pipeline, "load", refuse)
+    monkeypatch.setattr(loading, "load", refuse)
     assert run("generate", "a") == 2
     assert capsys.readouterr().err == "sdjax: error: a.ckpt: \\x1b[2J is missing\n"
     assert files() == []

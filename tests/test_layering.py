@@ -20,22 +20,28 @@ MAY = {
     "job": {"models.config", "prompts", "samplers"},
     "program": {"executables", "job", "models", "samplers", "guidance", "noise", "prompts"},
     "transformed": {"checkpoints", "compilation_cache", "models", "ops"},
+    "placement": {"checkpoints"},
     "pipeline": {
-        "arguments", "checkpoints", "compilation_cache", "models", "samplers", "schedule", "tokenizer", "transformed",
+        "arguments", "checkpoints", "compilation_cache", "models", "placement", "samplers", "schedule", "tokenizer",
+        "transformed",
     },
+    "loading": {"checkpoints", "models", "pipeline", "placement", "schedule", "tokenizer", "transformed"},
     "tasks": {"canvas", "guidance", "images", "job", "noise", "prompts", "samplers"},
     "plan": {
-        "arguments", "canvas", "control", "fast", "guidance", "images", "job", "models", "pipeline", "prompts",
+        "arguments", "canvas", "control", "fast", "guidance", "images", "job", "loading", "models", "pipeline",
+        "placement", "prompts",
         "recipe", "samplers", "tasks",
     },
     "generation": {
         "canvas", "compilation_cache", "control", "fast", "guidance", "job", "pipeline", "plan", "program", "samplers",
     },
     "training": {"models", "ops", "schedule", "samplers", "guidance", "noise", "images", "tokenizer", "checkpoints"},
-    "cli": {*LOW, "prompts", "checkpoints", "control", "generation", "pipeline", "plan", "recipe", "samplers"},
+    "cli": {
+        *LOW, "prompts", "checkpoints", "control", "generation", "loading", "pipeline", "plan", "recipe", "samplers",
+    },
     "__init__": {
-        "checkpoints", "control", "fast", "generation", "guidance", "pipeline", "prompts", "samplers", "schedule",
-        "spacings",
+        "checkpoints", "control", "fast", "generation", "guidance", "loading", "pipeline", "prompts", "samplers",
+        "schedule", "spacings",
     },
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdjax import noise, pipeline, program, samplers
+from sdjax import loading, noise, program, samplers
 from sdjax.job import Guide, Inputs, Job, Picture
 from sdjax.models.config import TINY
 from sdjax.prompts import Conditioning
@@ -96,7 +96,7 @@ def both(channels, folder):
         **parts, tokenizer=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     pipe.save_pretrained(folder)
-    return parts, pipeline.load(folder)
+    return parts, loading.load(folder)
 
 
 @pytest.fixture(scope="module")
