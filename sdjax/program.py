@@ -19,8 +19,8 @@ from sdjax.executables import Kept
 from sdjax.job import Ahead, Array, Conditions, Context, Inputs, Job, Memory, Result, State
 from sdjax.models import tiled
 from sdjax.models.controlnet import ControlNet, hint_channels
-from sdjax.models.gated import known_cross_attention, watched_cross_attention
-from sdjax.models.hoisted import context_projections, known_projections, time_projections
+from sdjax.models.gated import watched_cross_attention
+from sdjax.models.hoisted import context_projections, known_results, time_projections
 from sdjax.models.layers import apply
 from sdjax.models.merged import merged_attention
 from sdjax.models.perturbed import identity_attention
@@ -72,11 +72,9 @@ def side_by_side(contexts: Sequence[Context]) -> Context:
 def project(job: Job, params: Params, context: Context, times: Array) -> dict[str, Ahead]:
     """What the UNet, and every ControlNet by its place, computes of these alone. times: (T,) of the rows."""
     config, dtype = job.config.unet, jnp.dtype(job.dtype)
-    models = {"unet": params["unet"], **{str(i): params["controls"][str(i)] for i in range(job.controls)}}
+    models, times = {"unet": params["unet"], **params.get("controls", {})}, jnp.asarray(times)
     return {
-        name: Ahead(
-            context_projections(own, context.states, dtype), time_projections(config, own, jnp.asarray(times), dtype)
-        )
+        name: Ahead(context_projections(own, context.states, dtype), time_projections(config, own, times, dtype))
         for name, own in models.items()
     }
 
@@ -194,13 +192,13 @@ def step(
 
         states, windows = shown_at(context.states), shown_at(context.windows)
         key_mask = None if n == 1 else jnp.repeat(windows, states.shape[1] // n, 1)
-        ahead = {
-            name: {
-                **{path: shown_at(each) for path, each in known.contexts.items()},
-                **{path: lax.dynamic_index_in_dim(each, number) for path, each in known.times.items()},
-            }
-            for name, known in conditions.ahead.items()
+        known = {
+            name: jax.tree.map(shown_at, ahead.contexts)
+            | jax.tree.map(lambda each: lax.dynamic_index_in_dim(each, number), ahead.times)
+            for name, ahead in conditions.ahead.items()
         }
+        if memory.crossed is not None and settled:
+            known["unet"] |= {path: jnp.repeat(each, k, 0) for path, each in memory.crossed.items()}
         x, times = jnp.repeat(x, k, 0), jnp.broadcast_to(time, (b * k,))
         shown = x
         if conditions.extra is not None:
@@ -210,24 +208,21 @@ def step(
         last = jnp.arange(b * k) % k == k - 1
 
         def added() -> Any:
-            return control(job, params, inputs, number, x, times, states, ahead, key_mask) if job.controls else None
+            return control(job, params, inputs, number, x, times, states, known, key_mask) if job.controls else None
 
         @contextlib.contextmanager
         def changed() -> Iterator[dict[str, jax.Array]]:
             """The UNet, and not a ControlNet beside it, as this job and row want it; what is watched of it."""
             watched: dict[str, jax.Array] = {}
             with contextlib.ExitStack() as changes:
-                changes.enter_context(known_projections(ahead["unet"]))
+                changes.enter_context(known_results(known["unet"]))
                 if guide.perturbed is not None:
                     changes.enter_context(identity_attention(last))
                 if job.merge is not None:
                     size = largest_map_with_attention(job.config.unet, shown.shape[1:3])
                     key = jax.random.fold_in(jax.random.key(0), number)
                     changes.enter_context(merged_attention(job.merge, size, key))
-                if memory.crossed is not None and settled:
-                    known = {path: jnp.repeat(each, k, 0) for path, each in memory.crossed.items()}
-                    changes.enter_context(known_cross_attention(known))
-                elif memory.crossed is not None:
+                if memory.crossed is not None and not settled:
                     changes.enter_context(watched_cross_attention(watched))
                 yield watched
 
@@ -252,12 +247,12 @@ def step(
             return output, deep, crossed(watched)
 
         if memory.deep is None:
-            output, _, known = whole()
-            left = Memory(None, known)
+            output, _, now = whole()
+            left = Memory(None, now)
         else:
             assert inputs.whole is not None
-            output, deep, known = lax.cond(jnp.asarray(inputs.whole)[number], whole, level)
-            left = Memory(jnp.concatenate([memory.deep[:, :-k], deep.reshape(b, k, *deep.shape[1:])], 1), known)
+            output, deep, now = lax.cond(jnp.asarray(inputs.whole)[number], whole, level)
+            left = Memory(jnp.concatenate([memory.deep[:, :-k], deep.reshape(b, k, *deep.shape[1:])], 1), now)
         return output.astype(jnp.float32).reshape(b, k, *output.shape[1:]), left
 
     def unguided(x: jax.Array, time: jax.Array, settled: bool = False) -> tuple[jax.Array, jax.Array, Memory]:
@@ -268,8 +263,7 @@ def step(
         edits = guide.image_scale is not None
         outputs, left = evaluate(x, time, every, blind=int(edits))
         first, base, each = outputs[:, 0], outputs[:, int(edits)], outputs[:, away : away + prompts]
-        alone = prompts == 1
-        conditional = each[:, 0] if alone else guidance.compose(each, base, inputs.prompt.composition)
+        conditional = each[:, 0] if prompts == 1 else guidance.compose(each, base, inputs.prompt.composition)
         if guide.perpendicular is not None:
             conditional = guidance.across(conditional, base, outputs[:, 1], guide.perpendicular)
         guided = guidance.guide(conditional, base, guide.scale, guide.rescale)
@@ -333,7 +327,7 @@ def control(
     x: jax.Array,
     times: jax.Array,
     states: jax.Array,
-    ahead: dict[str, dict[str, jax.Array]],
+    known: dict[str, dict[str, jax.Array]],
     key_mask: jax.Array | None,
 ) -> tuple[list[jax.Array], jax.Array]:
     """The sum of what the job's ControlNets add to the UNet's skips and middle for these (B K) evaluations."""
@@ -344,7 +338,7 @@ def control(
         hint = jnp.repeat(jnp.asarray(each.hint, jnp.float32) / 255.0, len(x) // len(each.hint), 0)
         net = ControlNet(config, hint_channels(own), jnp.dtype(job.dtype))
         scale = jnp.asarray(each.scale)[number].astype(job.dtype)
-        with known_projections(ahead[str(i)]):
+        with known_results(known[str(i)]):
             added = apply(net, own, x, times, states, hint, key_mask)
         added = jax.tree.map(lambda more, scale=scale: scale * more, added)
         total = added if total is None else jax.tree.map(jnp.add, total, added)

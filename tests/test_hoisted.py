@@ -11,7 +11,7 @@ from sdjax import guidance, pipeline, program
 from sdjax.models import low_rank
 from sdjax.models.config import TINY
 from sdjax.models.controlnet import ControlNet
-from sdjax.models.hoisted import context_projections, known_projections, time_projections
+from sdjax.models.hoisted import context_projections, known_results, time_projections
 from sdjax.models.layers import apply
 from sdjax.models.shapes import control_shapes
 from sdjax.models.unet import UNet
@@ -64,7 +64,7 @@ def test_models_give_the_same_with_what_is_known(model, part):
     assert {path.split("/")[-1] for path in known} == {"to_k", "to_v", "time_emb_proj"}
 
     expected = apply(net, params, latents, times, states, *rest)
-    with known_projections(known):
+    with known_results(known):
         found = apply(net, spoilt(params), latents, times, states, *rest)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert abs(np.asarray(theirs)).max() > 0.1

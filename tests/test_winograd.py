@@ -47,7 +47,7 @@ def error(found, expected):
     return np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
 
 
-@pytest.fixture(params=[1, 20000], ids=["rows", "strips"])
+@pytest.fixture(params=[1, 3000, 20000], ids=["rows", "strips", "large strips"])
 def strips(request, monkeypatch):
     """As many as there are rows of tiles, and fewer, the last of them not full."""
     monkeypatch.setattr(winograd, "STRIP", dict.fromkeys(winograd.STRIP, request.param))
@@ -67,11 +67,15 @@ def test_convolution(size, dtype, m):
     check_convolution(size, dtype, m)
 
 
-@pytest.mark.parametrize("size", [(17, 31)])
+@pytest.mark.parametrize("size", [*SIZES, (31, 30)])
+def test_in_strips(strips, size):
+    check_convolution(size, "float32", 4)
+
+
 @pytest.mark.parametrize(("dtype", "m"), ERRORS)
 @pytest.mark.parametrize("features", [20, 24], ids=["", "in place"])
-def test_convolution_in_strips(strips, size, dtype, m, features):
-    check_convolution(size, dtype, m, features)
+def test_in_strips_of_every_kind(strips, dtype, m, features):
+    check_convolution((17, 31), dtype, m, features)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9)])

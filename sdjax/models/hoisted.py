@@ -24,8 +24,7 @@ def context_projections(params: Params, states: jax.Array, dtype: Dtype) -> dict
       states: contexts, as the model takes them.
       dtype: of computation.
     """
-    found = [each for each in _projections(params) if each[0].endswith(("attn2/to_k", "attn2/to_v"))]
-    return {path: _projected(own, states.astype(dtype), dtype) for path, own in found}
+    return _projected(params, ("attn2/to_k", "attn2/to_v"), states, dtype)
 
 
 def time_projections(config: UNetConfig, params: Params, times: jax.Array, dtype: Dtype) -> dict[str, jax.Array]:
@@ -33,17 +32,12 @@ def time_projections(config: UNetConfig, params: Params, times: jax.Array, dtype
     width = config.channels[0]
     embedding = TimeEmbedding(4 * width, dtype)
     time = nn.silu(apply(embedding, params["time_embedding"], timestep_embedding(times, width)))
-    found = [each for each in _projections(params) if each[0].endswith("time_emb_proj")]
-    return {path: _projected(own, time, dtype) for path, own in found}
+    return _projected(params, ("time_emb_proj",), time, dtype)
 
 
 @contextmanager
-def known_projections(known: Mapping[str, jax.Array]) -> Iterator[None]:
-    """While this lasts, what is known by its path is returned there, and computed nowhere.
-
-    Args:
-      known: of the context (B, S, C), of the time (1, C).
-    """
+def known_results(known: Mapping[str, jax.Array]) -> Iterator[None]:
+    """While this lasts, modules whose path is among these compute nothing, and return what is known."""
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         path = "/".join(context.module.path)
@@ -53,15 +47,17 @@ def known_projections(known: Mapping[str, jax.Array]) -> Iterator[None]:
         yield
 
 
-def _projections(params: Params, path: str = "") -> Iterator[tuple[str, Params]]:
-    """The modules that are a matrix, by their paths."""
+def _projected(params: Params, names: tuple[str, ...], x: jax.Array, dtype: Dtype) -> dict[str, jax.Array]:
+    """What the dense layers give whose paths end so."""
+    return {
+        path: apply(Dense(own["kernel"].shape[-1], dtype, "bias" in own), own, x)
+        for path, own in _modules(params)
+        if path.endswith(names)
+    }
+
+
+def _modules(params: Params, path: str = "") -> Iterator[tuple[str, Params]]:
     for name, child in params.items():
         if isinstance(child, Mapping):
-            if "kernel" in child and child["kernel"].ndim == 2:
-                yield path + name, child
-            yield from _projections(child, f"{path}{name}/")
-
-
-def _projected(own: Params, x: jax.Array, dtype: Dtype) -> jax.Array:
-    result: jax.Array = apply(Dense(own["kernel"].shape[-1], dtype, "bias" in own), own, x)
-    return result
+            yield path + name, child
+            yield from _modules(child, f"{path}{name}/")

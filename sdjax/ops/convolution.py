@@ -47,8 +47,7 @@ def _as_product(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) 
         for length, added, size in zip(x.shape[1:3], padding, (tall, wide), strict=True)
     )
     count = -(-len(x) * down * across * tall * wide * channels // STRIP)
-    seen = functools.partial(_product, stride=stride)
-    return in_strips(lambda x: seen(x, kernel), x, padding, down, stride, tall - stride, count)[:, :down]
+    return in_strips(lambda x: _product(x, kernel, stride), x, padding, down, stride, tall - stride, count)[:, :down]
 
 
 @functools.partial(_as_product.defjvp, symbolic_zeros=True)

@@ -21,7 +21,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from sdjax.ops.matmul import matmul
-from sdjax.ops.strips import change_of_product, in_strips
+from sdjax.ops.strips import Padding, change_of_product, in_strips
 
 # A map is taken in strips of so many numbers for each m, so that what lies between stays in a CPU's cache.
 STRIP = {2: 2**20, 4: 2**21}
@@ -101,18 +101,15 @@ def convolution(x: jax.Array, prepared: Sequence[jax.Array], bias: jax.Array) ->
     Returns:
       (B, H, W, O), of x's dtype.
     """
-    batch, height, width, channels = x.shape
+    batch, height, width, _ = x.shape
     m = _tile(prepared)
     down, across = -(-height // m), -(-width // m)  # tiles
-    count = -(-batch * height * width * channels // STRIP[m])
-    if m == 2:
-        count = min(count, max(batch * down * across // TILES, 1))
+    count = _strips(x, batch * down * across, m)
 
     def layer(x: jax.Array) -> jax.Array:
         return _tiles(x, prepared, m)[:, :, :width] + _wide(bias)
 
-    padding = ((1, down * m + 1 - height), (1, across * m + 1 - width))
-    return in_strips(layer, x, padding, down, m, 2, count)[:, :height]
+    return in_strips(layer, x, _padding(x, m), down, m, 2, count)[:, :height]
 
 
 @functools.partial(convolution.defjvp, symbolic_zeros=True)
@@ -121,10 +118,20 @@ def _convolution_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tup
 
     def whole(x: jax.Array, prepared: Sequence[jax.Array]) -> jax.Array:
         _, height, width, _ = x.shape
-        padding = ((0, 0), (1, -height % m + 1), (1, -width % m + 1), (0, 0))
-        return _tiles(jnp.pad(x, padding), prepared, m)[:, :height, :width]
+        return _tiles(jnp.pad(x, ((0, 0), *_padding(x, m), (0, 0))), prepared, m)[:, :height, :width]
 
     return convolution(*primals), _change(whole, primals, tangents)
+
+
+def _padding(x: jax.Array, m: int) -> Padding:
+    """Of whole tiles with a border of one."""
+    _, height, width, _ = x.shape
+    return (1, -height % m + 1), (1, -width % m + 1)
+
+
+def _strips(x: jax.Array, tiles: int, m: int) -> int:
+    count = -(-x.size // STRIP[m])
+    return min(count, max(tiles // TILES, 1)) if m == 2 else count
 
 
 def _tile(prepared: Sequence[jax.Array]) -> int:
@@ -184,10 +191,9 @@ def upsampled(x: jax.Array, prepared: Sequence[jax.Array], bias: jax.Array, size
     Returns:
       (B, H', W', O), of x's dtype.
     """
-    batch, height, width, channels = x.shape
+    batch, height, width, _ = x.shape
     whole = size == (2 * height, 2 * width)  # else the last rows are not like the others
-    count = -(-batch * height * width * channels // STRIP[2]) if whole else 1
-    count = min(count, max(batch * height * width // TILES, 1))
+    count = _strips(x, batch * height * width, 2) if whole else 1
 
     def layer(x: jax.Array) -> jax.Array:
         cut = (x.shape[1] * 2 - 4, size[1]) if whole else size
