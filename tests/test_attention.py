@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from jax import export
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from torch.nn.functional import scaled_dot_product_attention
 
 from sdjax.models.config import SD1, SD2_BASE, TINY
 from sdjax.models.unet import UNet
@@ -163,15 +165,37 @@ def unet_arguments(config, dtype):
     )
 
 
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 5e-6), ("bfloat16", 1e-2)])  # 1.1e-6, 4.7e-3 measured
 @pytest.mark.parametrize(("length", "keys"), [(77, 77), (1025, 1025), (1500, 77), (1024, 154)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_blocks_are_attention(length, keys, masked):
-    """Against softmax written out in float64."""
+def test_blocks_are_attention(length, keys, masked, dtype, most):
+    """Against PyTorch's in float64, with the gradients; of the largest number of each."""
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((2, n, 2, 40)) for n in (length, keys, keys))
-    mask = rng.random((2, keys)) < 0.7 if masked else np.ones((2, keys), bool)
-    scores = np.where(mask[:, None, None], np.einsum("btnd,bsnd->bnts", q, k) / np.sqrt(40), -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    expected = np.einsum("bnts,bsnd->btnd", weights / weights.sum(-1, keepdims=True), v)
-    found = ops.attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(mask) if masked else None)
-    np.testing.assert_allclose(found, expected, atol=3e-6)  # 8e-7 measured
+    q, k, v, pull = (jnp.asarray(rng.standard_normal((2, n, 3, 40)), dtype) for n in (length, keys, keys, length))
+    mask = rng.random((2, keys)) < 0.7 if masked else None
+    theirs = [torch.tensor(np.asarray(x, np.float64), requires_grad=True) for x in (q, k, v)]
+    seen = None if mask is None else torch.tensor(mask)[:, None, None]
+    out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in theirs), attn_mask=seen).transpose(1, 2)
+    out.backward(torch.tensor(np.asarray(pull, np.float64)))
+    mask = None if mask is None else jnp.asarray(mask)
+    found, pull_back = jax.vjp(lambda *qkv: ops.attention(*qkv, mask), q, k, v)
+    pairs = [(ops.attention(q, k, v, mask), out.detach()), (found, out.detach())]
+    pairs += zip(pull_back(pull), [x.grad for x in theirs], strict=True)
+    for ours, expected in pairs:
+        assert ours.dtype == dtype
+        expected = expected.numpy()
+        assert np.abs(np.asarray(ours, np.float64) - expected).max() / np.abs(expected).max() < most
+
+
+def test_scores_are_never_whole():
+    """Nor with a gradient: it takes less memory than the scores of one head in float32 would."""
+    arguments = arrays(4096, 4096, 4, 8, jnp.bfloat16, batch=1)
+
+    def memory(function):
+        return jax.jit(function).lower(*arguments[:3]).compile().memory_analysis().temp_size_in_bytes
+
+    def loss(*qkv):
+        return ops.attention(*qkv).astype(jnp.float32).sum()
+
+    assert memory(ops.attention) < 4096 * 4096 * 4
+    assert memory(jax.grad(loss, (0, 1, 2))) < 4096 * 4096 * 4

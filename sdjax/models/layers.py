@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from sdjax.models.low_rank import changes_of
 from sdjax.ops import winograd
@@ -246,6 +247,15 @@ class Upsample(nn.Module):
     def __call__(self, x: jax.Array, size: tuple[int, ...] | None = None) -> jax.Array:
         size = (2 * x.shape[1], 2 * x.shape[2]) if size is None else tuple(size)
         return Conv(x.shape[-1], self.dtype, doubled=size, name="conv")(x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the share of the normal distribution below x (Hendrycks & Gimpel 2016), float32.
+
+    By erf, as PyTorch does it: JAX's own takes erfc, which is twice as slow, and its digits are lost in what follows.
+    """
+    x = x.astype(jnp.float32)
+    return 0.5 * x * (1.0 + lax.erf(math.sqrt(0.5) * x))
 
 
 def timestep_embedding(timesteps: jax.Array, width: int) -> jax.Array:

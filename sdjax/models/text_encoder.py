@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.models.config import TextEncoderConfig
-from sdjax.models.layers import Dense, Dtype, Embedding, LayerNorm
+from sdjax.models.layers import Dense, Dtype, Embedding, LayerNorm, gelu
 from sdjax.ops.attention import attention
 
 
@@ -16,7 +16,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 class SelfAttention(nn.Module):

@@ -19,6 +19,7 @@ from sdjax.models.layers import (
     LayerNorm,
     ResnetBlock,
     Upsample,
+    gelu,
     in_blocks,
     timestep_embedding,
 )
@@ -33,7 +34,7 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         value, gate = jnp.split(Dense(2 * self.width, self.dtype, name="proj")(x).astype(jnp.float32), 2, -1)
-        return (value * jax.nn.gelu(gate, approximate=False)).astype(self.dtype)
+        return (value * gelu(gate)).astype(self.dtype)
 
 
 class FeedForward(nn.Module):

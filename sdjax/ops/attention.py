@@ -8,10 +8,13 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from sdjax.ops.strips import as_integers
 
 # Of one head and one block of queries: 8 MB in float32, which stay in a CPU's last-level cache.
 SCORES = 2**21
@@ -111,7 +114,11 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, 
             below = jnp.tril(jnp.ones((length, keys), bool))[None, None]
             mask = below if mask is None else mask & below
         return _attend(q, k, v, mask)
-    return _in_blocks(q, k, v, key_mask, min(length, max(SCORES // keys, 1)))
+    size = min(length, max(SCORES // keys, 1))
+    bias = None if key_mask is None else jnp.where(key_mask, 0.0, jnp.finfo(jnp.float32).min)
+    if jax.default_backend() == "cpu":
+        return _in_place(q, k, v, bias, size)
+    return _in_blocks(q, k, v, bias, size)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -122,33 +129,21 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) ->
     return jnp.einsum("BNTS,BSND->BTND", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
 
 
-def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, size: int) -> jax.Array:
+def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, size: int) -> jax.Array:
     """`size` queries at a time, so that the scores never exist whole, and on a CPU one head of one picture."""
     batch, length, heads, width = q.shape
-    # The last block overlaps rather than being ragged.
-    starts = jnp.array([min(i, length - size) for i in range(0, length, size)])
-    bias = None
-    if key_mask is not None:
-        bias = jnp.repeat(jnp.where(key_mask, 0.0, jnp.finfo(jnp.float32).min), heads, 0)
+    starts = _starts(length, size)
 
     def by_head(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x, 1, 2).reshape(batch * heads, x.shape[1], -1)
 
     def head(arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
         q, k, v, bias = arrays
-        # One more value, which is always 1: its weighted sum is what the weights sum up to.
         v = jnp.concatenate([v, jnp.ones_like(v[:, :1])], -1)
 
         @jax.checkpoint  # under a gradient the scores are computed again, not kept
         def block(start: jax.Array) -> jax.Array:
-            queries = lax.dynamic_slice_in_dim(q, start, size)
-            scores = lax.dot_general(queries, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            scores = scores / math.sqrt(width)
-            if bias is not None:
-                scores = scores + bias[None]
-            weights = jnp.exp(scores - scores.max(-1, keepdims=True)).astype(v.dtype)
-            out = lax.dot_general(weights, v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-            return (out[:, :width] / out[:, width:]).astype(q.dtype)
+            return _block(lax.dynamic_slice_in_dim(q, start, size), k, v, bias)
 
         if size == length:
             return block(starts[0])
@@ -156,7 +151,57 @@ def _in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | N
         whole = blocks[:-1].reshape(-1, width)
         return jnp.concatenate([whole, blocks[-1, len(whole) - length :]])
 
-    # Of one head they stay in a CPU's cache, five times faster; a GPU or TPU would idle.
     each = functools.partial(lax.map, head) if jax.default_backend() == "cpu" else jax.vmap(head)
-    out = each((by_head(q), by_head(k), by_head(v), bias))
+    out = each((by_head(q), by_head(k), by_head(v), None if bias is None else jnp.repeat(bias, heads, 0)))
     return jnp.swapaxes(out.reshape(batch, heads, length, width), 1, 2)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _in_place(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, size: int) -> jax.Array:
+    """`_in_blocks` on a CPU, without turning the arrays round; see `sdjax.ops.strips` for why as integers."""
+    batch, length, heads, width = q.shape
+    starts, floats = _starts(length, size), functools.partial(lax.bitcast_convert_type, new_dtype=q.dtype)
+    sources, ones = [as_integers(x) for x in (q, k, v)], as_integers(jnp.ones((k.shape[1], 1), v.dtype))
+
+    def head(i: jax.Array, out: jax.Array) -> jax.Array:
+        picture, own = i // heads, i % heads
+
+        def part(x: jax.Array) -> jax.Array:
+            return lax.dynamic_slice(x, (picture, 0, own, 0), (1, x.shape[1], 1, width)).reshape(-1, width)
+
+        q, k, v = map(part, sources)
+        k, v = floats(k), floats(jnp.concatenate([v, ones], 1))
+        hidden = None if bias is None else lax.dynamic_index_in_dim(bias, picture, keepdims=False)
+
+        def block(j: jax.Array, out: jax.Array) -> jax.Array:
+            queries = floats(lax.dynamic_slice_in_dim(q, starts[j], size))
+            result = as_integers(_block(queries, k, v, hidden))
+            return lax.dynamic_update_slice(out, result[None, :, None], (picture, starts[j], own, 0))
+
+        return lax.fori_loop(0, len(starts), block, out)
+
+    # What is there at first does not matter, all of it is written.
+    return floats(lax.fori_loop(0, batch * heads, head, jnp.broadcast_to(sources[0][:1, :1, :1, :1], q.shape)))
+
+
+@_in_place.defjvp
+def _in_place_jvp(size: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    out, change = jax.jvp(functools.partial(_in_blocks, size=size), primals, tangents)
+    return out, change
+
+
+def _starts(length: int, size: int) -> jax.Array:
+    """Of the blocks; the last one overlaps rather than being ragged."""
+    return jnp.array([min(i, length - size) for i in range(0, length, size)])
+
+
+def _block(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """(Q, D), (S, D), (S, D + 1), (S,) -> (Q, D). The last of v is always 1: its weighted sum is that of weights."""
+    width = q.shape[-1]
+    scores = lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(width)
+    if bias is not None:
+        scores = scores + bias[None]
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True)).astype(v.dtype)
+    out = lax.dot_general(weights, v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return (out[:, :width] / out[:, width:]).astype(q.dtype)
