@@ -70,7 +70,7 @@ def test_the_choice_is_what_jax_allows(gpu, capability, dtype):
     """Over every size of a head to 264, and lengths of both kinds: chosen exactly where JAX does not raise."""
     gpu(capability)
     for size, (length, keys), masked in itertools.product(
-        [4, 8, 10, 40, 80, 128, 136, 160, 256, 264, 512],
+        [4, 10, 40, 128, 136, 256, 264],
         [(4096, 4096), (64, 77), (64, 154), (65, 154)],
         [False, True],
     ):
@@ -166,7 +166,7 @@ def unet_arguments(config, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("float32", 5e-6), ("bfloat16", 1e-2)])  # 1.1e-6, 4.7e-3 measured
-@pytest.mark.parametrize(("length", "keys"), [(77, 77), (1025, 1025), (1500, 77), (1024, 154)])
+@pytest.mark.parametrize(("length", "keys"), [(77, 77), (1025, 1025), (1500, 77)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_blocks_are_attention(length, keys, masked, dtype, most):
     """Against PyTorch's in float64, with the gradients; of the largest number of each."""
@@ -178,9 +178,14 @@ def test_blocks_are_attention(length, keys, masked, dtype, most):
     out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in theirs), attn_mask=seen).transpose(1, 2)
     out.backward(torch.tensor(np.asarray(pull, np.float64)))
     mask = None if mask is None else jnp.asarray(mask)
-    found, pull_back = jax.vjp(lambda *qkv: ops.attention(*qkv, mask), q, k, v)
-    pairs = [(ops.attention(q, k, v, mask), out.detach()), (found, out.detach())]
-    pairs += zip(pull_back(pull), [x.grad for x in theirs], strict=True)
+
+    @jax.jit
+    def differentiated(*qkv):
+        found, pull_back = jax.vjp(lambda *qkv: ops.attention(*qkv, mask), *qkv)
+        return found, *pull_back(pull)
+
+    found = [jax.jit(ops.attention)(q, k, v, mask), *differentiated(q, k, v)]
+    pairs = zip(found, [out.detach(), out.detach(), *[x.grad for x in theirs]], strict=True)
     for ours, expected in pairs:
         assert ours.dtype == dtype
         expected = expected.numpy()

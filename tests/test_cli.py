@@ -432,7 +432,11 @@ def test_ctrl_c_ends_a_compiled_program_at_once(tmp_path):
         "import ctypes, sys\nfrom sdjax import cli\n"
         "with cli._at_once():\n    print('in', flush=True)\n    ctypes.PyDLL(None).sleep(30)\n"
     )
+    ignored = signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a shell's background jobs, as these tests may be, ignore it
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    signal.signal(signal.SIGINT, ignored)
     assert process.stdout.readline() == b"in\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == -signal.SIGINT

@@ -75,6 +75,7 @@ def assert_close(found, expected):
     assert error < 1e-4, f"off by {error:.1e}"
 
 
+@pytest.mark.slow
 def test_the_loop_by_hand_is_the_program_s(make, by_hand):
     assert_close(make("a cat", "a dog"), by_hand(lambda output, step: plain(output, "a cat", "a dog")))
 

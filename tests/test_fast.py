@@ -71,7 +71,8 @@ def by_hand(tiny):
     return by_hand
 
 
-@pytest.mark.parametrize("sampler", [pytest.param("euler", marks=pytest.mark.slow), "heun"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_the_loop_by_hand_is_the_program_s(make, by_hand, sampler):
     """Heun's steps are of two calls, and it is calls that count."""
     found, expected = make(sampler=sampler), by_hand(2, sampler)
@@ -151,6 +152,7 @@ def test_behind_no_gate_and_with_nothing_merged_it_is_the_exact_run(make):
         np.testing.assert_allclose(make(fast=way), exact, atol=1e-5 * np.abs(exact).max())
 
 
+@pytest.mark.slow
 def test_another_gate_compiles_nothing(make):
     make(fast=sdjax.Fast(gate=0.4))
     size = program.run_scanned.jitted._cache_size()

@@ -49,6 +49,7 @@ def spoilt(params, path=()):
     return {name: spoilt(child, (*path, name)) for name, child in params.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["unet", "controls"])
 def test_models_give_the_same_with_what_is_known(model, part):
     rng = np.random.default_rng(0)
@@ -84,7 +85,9 @@ def test_models_give_the_same_with_what_is_known(model, part):
             marks=pytest.mark.slow,
         ),
         pytest.param({"fast": sdjax.Fast(gate=0.4)}, marks=pytest.mark.slow),
-        {"controls": {"lines": sdjax.Control(np.full((24, 32, 3), 90, np.uint8))}},
+        pytest.param(
+            {"controls": {"lines": sdjax.Control(np.full((24, 32, 3), 90, np.uint8))}}, marks=pytest.mark.slow
+        ),
     ],
     ids=["plain", "unguided", "scheduled", "AND", "other guidance", "interval and cache", "gate", "control"],
 )

@@ -18,7 +18,8 @@ MAY = {
     "control": {"guidance", "images"},
     "executables": {"compilation_cache"},
     "job": {"models.config", "prompts", "samplers"},
-    "program": {"executables", "job", "models", "samplers", "guidance", "noise", "prompts"},
+    "contexts": {"job", "models", "prompts"},
+    "program": {"contexts", "executables", "job", "models", "samplers", "guidance", "noise"},
     "transformed": {"checkpoints", "compilation_cache", "models", "ops"},
     "placement": {"checkpoints"},
     "pipeline": {

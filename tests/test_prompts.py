@@ -390,7 +390,7 @@ def test_no_letter_is_lost_or_made(text):
     assert kept.count("🦊") == text.count("🦊")
 
 
-LONG = 100_000
+LONG = 30_000
 
 
 @pytest.mark.parametrize(
@@ -413,6 +413,6 @@ LONG = 100_000
 def test_hostile_prompts_take_linear_time(text):
     began = time.process_time()
     _, error = attempt(text, 10)
-    # At most 3 s where it was written; in quadratic time it would be minutes.
-    assert time.process_time() - began < 20
+    # At most 1 s where it was written; in quadratic time it would be half a minute.
+    assert time.process_time() - began < 8
     assert len(error) < 300

@@ -56,7 +56,7 @@ def strips(request, monkeypatch):
 
 def check_convolution(size, dtype, m, features=20):
     weights, x = kernel(features=features), jnp.asarray(picture(size), dtype)
-    found = winograd.convolution(x, winograd.prepare(weights, m, dtype), BIAS[:features])
+    found = jax.jit(lambda *a: winograd.convolution(*a))(x, winograd.prepare(weights, m, dtype), BIAS[:features])
     assert found.dtype == dtype
     assert error(found, by_torch(wide(x), weights) + BIAS[:features]) < ERRORS[dtype, m]
 
@@ -91,7 +91,7 @@ def test_one_product(size, stride, padding, strip, dtype, largest, monkeypatch):
     theirs = [torch.from_numpy(np.array(array, np.float64)) for array in (x, own)]
     padded = functional.pad(theirs[0].permute(0, 3, 1, 2), (*padding[1], *padding[0]))
     expected = functional.conv2d(padded, theirs[1].permute(3, 2, 0, 1), stride=stride).permute(0, 2, 3, 1)
-    found = convolution.convolution(x, own, stride, padding)
+    found = jax.jit(lambda x, own: convolution.convolution(x, own, stride, padding))(x, own)
     assert found.dtype == dtype
     assert found.shape == expected.shape
     assert error(np.asarray(found, np.float64), expected) < largest
@@ -130,7 +130,7 @@ def test_convolution_of_a_doubled_map_in_strips(strips, dtype):
 
 def check_doubled(size, doubled, dtype):
     x, own = jnp.asarray(picture(size), dtype), winograd.prepare_upsampled(kernel(), dtype)
-    found = winograd.upsampled(x, own, BIAS[:20], doubled)
+    found = jax.jit(lambda *a: winograd.upsampled(*a, doubled))(x, own, BIAS[:20])
     assert found.dtype == dtype
     assert error(found, by_torch(wide(x), kernel(), doubled) + BIAS[:20]) < ERRORS[dtype, 2]
 
@@ -163,8 +163,8 @@ def test_gradients_are_the_convolutions(monkeypatch, way):
         x = functional.interpolate(x, (12, 14)) if way == "doubled" else x
         return functional.conv2d(x, weights.permute(3, 2, 0, 1), bias, padding=1)
 
-    found = jax.grad(lambda *a: jnp.sin(ours(*a)).sum(), (0, 1, 2))(x, weights, bias)
-    alone = jax.grad(lambda x: jnp.sin(ours(x, weights, bias)).sum())(jnp.asarray(x))
+    found = jax.jit(jax.grad(lambda *a: jnp.sin(ours(*a)).sum(), (0, 1, 2)))(x, weights, bias)
+    alone = jax.jit(jax.grad(lambda x: jnp.sin(ours(x, weights, bias)).sum()))(x)
     given = [torch.from_numpy(array).double().requires_grad_() for array in (x, weights, bias)]
     theirs(*given).sin().sum().backward()
     for each, expected in zip((*found, alone), (*given, given[0]), strict=True):

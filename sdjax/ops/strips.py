@@ -1,8 +1,8 @@
 """A map a few rows at a time, so that what lies between stays in a CPU's cache.
 
 XLA's CPU backend takes slices of bfloat16 at a place known only when it runs from a float32 copy of the whole, which it
-makes ahead of the loop, and rounds into such a place one number at a time. So bfloat16 goes through loops as integers, the
-upper halves of float32's. They have no gradients: what is computed so has a rule of its own.
+makes ahead of the loop, and rounds into such a place one number at a time. So bfloat16 goes through loops as integers,
+the upper halves of float32's. They have no gradients: what is computed so has a rule of its own.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ def test_merging_is_tomesd_s(size, share, top_left):
     np.testing.assert_allclose(merged.split(found, matching), again, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_unet_with_merged_tokens_is_tomesd_s(models, top_left):
     parts, model = models
     rng = np.random.default_rng(1)
@@ -89,6 +90,7 @@ class Gated:
         return found
 
 
+@pytest.mark.slow
 def test_a_gated_run_by_diffusers_parts(models):
     parts, model = models
     unet, gate = parts["unet"], 0.4
