@@ -97,7 +97,7 @@ def distances() -> dict[str, Any]:
     for name in names():
         sampler = model.sampler(name)
         rows = sampler.rows(10)
-        if rows.span.any() or sampler.reads_unguided or name in ("lcm", "tcd"):
+        if rows.span.any() or rows.reads_unguided or name in ("lcm", "tcd"):
             continue  # with noise, or for other models
         for spacing in ("karras", "trailing"):
             if spacing not in dict(sampler.algorithm.spacings):

@@ -254,6 +254,8 @@ def _settings(arguments: argparse.Namespace, old: Recipe | None) -> dict[str, An
         settings["regions"] = [images.load_mask(path, name="--regions") for path in arguments.regions]
     elif old is not None and old.regions_sha256 is not None:
         raise ValueError("--regions: the picture was made with masks that its recipe has not; give them again")
+    if old is not None and "loss" in old.guidance:
+        raise ValueError("--from: the picture was made with a loss, which its recipe has not; use sdjax.generate")
     if old is not None and old.controls:
         raise ValueError("--from: the picture followed a ControlNet's, which its recipe has not; use sdjax.generate")
     if arguments.mask_image is not None and arguments.image is None:
@@ -280,10 +282,7 @@ def _sampler(arguments: argparse.Namespace, old: Recipe | None, model: StableDif
         options["spacing"] = arguments.spacing
     options |= dict(arguments.sampler_option)
     name = arguments.sampler or (old.sampler if old else "ddpm")
-    try:
-        return model.sampler(name, **options)
-    except TypeError as error:  # a value of another kind than the option's
-        raise ValueError(f"--sampler-option: {error}") from error
+    return model.sampler(name, **options)
 
 
 def _in_chunks(prompts: list[str], seeds: list[int], size: int, settings: dict[str, Any]) -> Iterator[Image.Image]:

@@ -165,7 +165,7 @@ def plan(
     steps = int(rows.step[-1]) + 1
     scales = guidance_functions.per_row(guidance_scale, steps, np.asarray(rows.step))
     composed = any(len(split_and(text)) > 1 for text in prompts)
-    guided = bool(sampler.reads_unguided or composed or (scales > 1.0).any())
+    guided = bool(rows.reads_unguided or composed or (scales > 1.0).any())
     options = guidance or guidance_functions.Options()
     rows = rows.padded(samplers.bucket(len(rows)))
     if config.edits and options.perpendicular is not None:
@@ -325,7 +325,8 @@ def _default_model() -> StableDiffusion:
 def _recorded(options: guidance_functions.Options | fast_ways.Fast) -> dict[str, Any]:
     """What a recipe holds of options: those that are not as they are by default."""
     defaults, names = type(options)(), [field.name for field in dataclasses.fields(options)]
-    return {name: getattr(options, name) for name in names if getattr(options, name) != getattr(defaults, name)}
+    changed = {name: getattr(options, name) for name in names if getattr(options, name) != getattr(defaults, name)}
+    return {name: getattr(x, "__name__", repr(x)) if callable(x) else x for name, x in changed.items()}
 
 
 def _followed(wish: control.Control, fingerprint: str) -> dict[str, Any]:

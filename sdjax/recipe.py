@@ -60,7 +60,7 @@ class Recipe:
       windows: of 75 tokens, that the program was compiled for.
       versions: of sdjax, jax, jaxlib; and the platform and the device.
       latents_sha256: of start noise that was given in place of the seed's; only who has it can make the picture again.
-      guidance: `guidance.Options` besides the rescale, those that are not None.
+      guidance: `guidance.Options` besides the rescale, what of it is not as it is by default; of a loss its name.
       exact_steps, brownian, vae_tile: as `sdjax.generate` takes them.
       fast: `Fast`, what of it is not as it is by default.
       tiny_vae_sha256: of the TAESD that decoded it.
@@ -108,7 +108,7 @@ def texts(recipe: Recipe) -> dict[str, str]:
     """The texts that a PNG carries, by name, for `images.save_png`."""
     fields = {"format": FORMAT, **dataclasses.asdict(recipe)}
     # ASCII: a PNG then holds it in its oldest kind of text, which everything reads.
-    return {PARAMETERS: _parameters(recipe), KEY: json.dumps(fields, default=_plain)}
+    return {PARAMETERS: _parameters(recipe), KEY: json.dumps(_finite(fields), default=_plain)}
 
 
 def read(path: str | os.PathLike[str]) -> Recipe:
@@ -149,7 +149,9 @@ def differences(recipe: Recipe, model: Any, versions: Mapping[str, str]) -> list
     # The dtype is part of a fingerprint: under another one it tells nothing.
     elif recipe.model_sha256 is not None and recipe.model_sha256 != model.fingerprint:
         told.append(f"It was made with other weights: {model.source} here is not the {recipe.model} of then.")
-    elif recipe.tiny_vae_sha256 is not None and recipe.tiny_vae_sha256 != model.tiny_decoder.digest:
+    elif recipe.tiny_vae_sha256 is not None and (
+        model.tiny_decoder is None or recipe.tiny_vae_sha256 != model.tiny_decoder.digest
+    ):
         told.append("It was decoded by another TAESD.")
     return told
 
@@ -233,17 +235,28 @@ def _scales(name: str, value: Any) -> float | tuple[float, ...]:
 
 
 def _options(name: str, value: Any) -> dict[str, Any]:
-    """Named scalars, or lists of them as tuples: what a sampler can be made with."""
+    """Named scalars, or lists of them as tuples, or a spacing: what a sampler can be made with."""
     if not isinstance(value, dict) or len(value) > 64:
         raise _wrong(name, "an object of at most 64 options", value)
-    for key, option in value.items():
-        items = option if isinstance(option, list) else [option]
-        plain = all(
-            x is None or isinstance(x, (str, int)) or (isinstance(x, float) and math.isfinite(x)) for x in items
-        )
-        if not key.isidentifier() or key in ("name", "schedule") or not plain:
-            raise _wrong(f"{name}.{key:.60}", "a text, a number, true, false, null or a list of them", option)
-    return {key: tuple(option) if isinstance(option, list) else option for key, option in value.items()}
+    return {key: _option(f"{name}.{key:.60}", key, option) for key, option in value.items()}
+
+
+def _option(name: str, key: str, option: Any) -> Any:
+    if key in ("spacing", "ends") and isinstance(option, dict) and name.count(".") < 4:  # in a spacing is another one
+        return _options(name, option)
+    items = option if isinstance(option, list) else [option]
+    plain = all(x is None or isinstance(x, (str, int)) or (isinstance(x, float) and math.isfinite(x)) for x in items)
+    if not key.isidentifier() or key in ("name", "schedule") or not plain:
+        raise _wrong(name, "a text, a number, true, false, null or a list of them", option)
+    return tuple(option) if isinstance(option, list) else option
+
+
+def _guidance(name: str, value: Any) -> dict[str, Any]:
+    """Whose numbers `guidance.Options` checks."""
+    known = ("interval", "threshold", "quantile", "perpendicular", "perturbed", "image_scale", "loss", "loss_scale")
+    if not isinstance(value, dict) or not value.keys() <= set(known):
+        raise _wrong(name, f"an object with no more than {', '.join(known)}", value)
+    return _options(name, value)
 
 
 def _fast(name: str, value: Any) -> dict[str, Any]:
@@ -302,7 +315,7 @@ _FIELDS: dict[str, Any] = {
     "windows": _whole(1, 64),
     "versions": _versions,
     "latents_sha256": _DIGEST,
-    "guidance": _options,
+    "guidance": _guidance,
     "exact_steps": _flag,
     "brownian": _flag,
     "regions_sha256": _DIGEST,
@@ -311,6 +324,15 @@ _FIELDS: dict[str, Any] = {
     "fast": _fast,
     "tiny_vae_sha256": _DIGEST,
 }
+
+
+def _finite(value: Any) -> Any:
+    """The same with the looks of infinity and NaN, which JSON has not, in their place."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:

@@ -9,9 +9,10 @@ One name means different points to different samplers of diffusers. There is a t
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -358,6 +359,9 @@ WHOLE: Table = (
     ("align_your_steps", Whole(align_your_steps)),
 )
 
+# Those of them that are diffusers', whose steps it takes to be a stride of T // n timesteps.
+STRIDED = tuple(spacing for _, spacing in WHOLE[:3])
+
 # Consistency models: LCM, TCD.
 DISTILLED: Table = (("distilled", Whole(Distilled())), *WHOLE)
 
@@ -392,3 +396,49 @@ DPM: Table = (
     ("beta", Beta(ends=_training, whole_times=True)),
     *_ANY,
 )
+
+# What can be told in plain values and made again of them, by their names.
+_FUNCTIONS: dict[str, Spacing] = {
+    spacing.__name__: spacing
+    for spacing in (
+        leading, linspace, trailing, leading_open, linspace_open, simple, sgm_uniform, align_your_steps, _training
+    )
+}  # fmt: skip
+_KINDS: dict[str, Any] = {
+    kind.__name__: kind for kind in (Karras, Exponential, Beta, Timesteps, Sigmas, Distilled, Whole)
+}
+
+
+def to_plain(spacing: str | Spacing) -> str | dict[str, Any]:
+    """What `from_plain` makes the spacing of again: a name; or the kind and its options, as JSON can hold them.
+
+    A function of your own becomes its name, of which only you can make it again.
+    """
+    if isinstance(spacing, str):
+        return spacing
+    if not dataclasses.is_dataclass(spacing) or type(spacing) not in _KINDS.values():
+        return getattr(spacing, "__name__", type(spacing).__name__)
+    fields = {field.name: (getattr(spacing, field.name), field.default) for field in dataclasses.fields(spacing)}
+    changed = {name: value for name, (value, default) in fields.items() if value != default}
+    return {"kind": type(spacing).__name__} | {
+        name: to_plain(value) if callable(value) else value for name, value in changed.items()
+    }
+
+
+def from_plain(plain: Mapping[str, Any]) -> Spacing:
+    """The inverse of `to_plain` for spacings with options. Raises ValueError for what none of them is."""
+    options = dict(plain)
+    kind = _KINDS.get(str(options.pop("kind", None)))
+    if kind is None:
+        raise ValueError(f"spacing: expected the kind {', '.join(_KINDS)}, got {plain!r:.100}")
+    known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
+    required = {name for name, needed in known.items() if needed}
+    if not required <= options.keys() <= known.keys():
+        raise ValueError(f"spacing: {kind.__name__} has {', '.join(known)}, got {', '.join(options) or 'none'}")
+    for name in {"ends", "spacing"} & options.keys():
+        inner = options[name]
+        options[name] = from_plain(inner) if isinstance(inner, Mapping) else _FUNCTIONS.get(str(inner))
+        if options[name] is None:
+            raise ValueError(f"spacing: {name} can be {', '.join(_FUNCTIONS)}, got {inner!r:.60}")
+    made: Spacing = kind(**options)
+    return made

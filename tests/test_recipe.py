@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from sdjax import images, recipe
+from sdjax import images, recipe, samplers, spacings
 from sdjax.recipe import Recipe
 
 VERSIONS = {"sdjax": "0.1.0", "jax": "0.10.2", "jaxlib": "0.10.2", "platform": "cpu", "device": "cpu"}
@@ -298,3 +298,65 @@ def test_differences_are_sentences():
 def test_it_needs_no_jax():
     done = subprocess.run([sys.executable, "-c", "import sdjax.recipe, sys; sys.exit('jax' in sys.modules)"])
     assert done.returncode == 0
+
+
+SPACINGS = [
+    spacings.Karras(rho=5.0),
+    spacings.Karras(ends=spacings.trailing, sigma_max=9.0),
+    spacings.Exponential(),
+    spacings.Beta(alpha=0.5, whole_times=True),
+    spacings.Timesteps((999, 500, 20)),
+    spacings.Sigmas((14.0, 2.5, 0.1)),
+    spacings.Distilled(original_inference_steps=25),
+    spacings.Whole(spacings.Karras(ends=spacings.trailing)),
+    "karras",
+]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS, ids=str)
+def test_a_sampler_comes_back_with_its_spacing(spacing):
+    one = samplers.create("euler", spacing=spacing)
+    read = recipe.from_json(recipe.texts(dataclasses.replace(PLAIN, sampler_options=one.settings))["sdjax"])
+    assert samplers.create("euler", **read.sampler_options) == one
+
+
+@pytest.mark.parametrize("algorithm", samplers.ALGORITHMS, ids=lambda algorithm: algorithm.name)
+def test_every_sampler_comes_back(algorithm):
+    one = samplers.create(algorithm)
+    read = recipe.from_json(recipe.texts(dataclasses.replace(PLAIN, sampler_options=one.settings))["sdjax"])
+    assert samplers.create(algorithm.name, **read.sampler_options) == one
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [
+        ({"kind": "eval"}, "expected the kind Karras, "),
+        ({}, "expected the kind Karras, "),
+        ({"kind": "Karras", "x": 1}, "Karras has sigma_min, sigma_max, ends, .* got x"),
+        ({"kind": "Karras", "ends": "os.system"}, "ends can be leading, "),
+        ({"kind": "Karras", "rho": "a"}, "rho: expected a number above 0"),
+        ({"kind": "Whole"}, "Whole has spacing, got none"),
+        ({"kind": "Timesteps", "timesteps": [3, 9]}, "from noise to picture"),
+    ],
+)
+def test_a_spacing_that_is_none(plain, message):
+    read = recipe.from_json(json.dumps(stored({"sampler_options": {"spacing": plain}})))
+    with pytest.raises(ValueError, match=message):
+        samplers.create("euler", **read.sampler_options)
+
+
+def test_a_recipe_of_what_json_has_not_is_written():
+    """The pictures are made by then: a sampler's own option that cannot be told must not lose them."""
+    one = dataclasses.replace(PLAIN, sampler_options={"most": float("inf"), "least": (float("nan"), 1.0)})
+    assert recipe.from_json(recipe.texts(one)["sdjax"]).sampler_options == {"most": "inf", "least": ("nan", 1.0)}
+
+
+def test_guidance_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="guidance: expected an object with no more than interval, "):
+        recipe.from_json(json.dumps(stored({"guidance": {"foo": 1}})))
+
+
+def test_without_the_taesd_it_was_decoded_by():
+    one = dataclasses.replace(PLAIN, model_sha256=None, tiny_vae_sha256="abcdef01")
+    model = SimpleNamespace(dtype="float32", source="x", fingerprint="f", tiny_decoder=None)
+    assert recipe.differences(one, model, VERSIONS) == ["It was decoded by another TAESD."]

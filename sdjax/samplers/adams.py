@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sdjax.samplers import options
-from sdjax.samplers.ddim import alpha_bar_before, transfer
+from sdjax.samplers.ddim import alpha_bar_after, transfer
 from sdjax.samplers.run import Level, Run, Value
 
 # Adams and Bashforth's weights of the newest and the older slopes, where all steps are equally long.
@@ -60,15 +60,15 @@ def plms(run: Run, x: Value, *, set_alpha_to_one: bool = False) -> Value:
     past: list[Value] = []
     for now, after in run.steps():
         epsilon = run.model(x, now).epsilon
-        below = alpha_bar_before(run, now.time, set_alpha_to_one)
+        below = alpha_bar_after(run, now, after, set_alpha_to_one)
         if past or run.remaining == 1:
             past = [epsilon, *past[:3]]
             x = transfer(x, _combined(past), now.alpha_bar, below)
         else:
             past = [epsilon]
             there = run.model(transfer(x, epsilon, now.alpha_bar, below), after).epsilon
-            # As diffusers: between the next point and a stride above it, also where strides are uneven.
-            above = alphas_cumprod[int(after.time) + run.stride]
+            # As diffusers: of its spacings between the next point and a stride above it, also where strides are uneven.
+            above = alphas_cumprod[int(after.time) + run.stride] if run.strided else now.alpha_bar
             x = transfer(x, 0.5 * (epsilon + there), above, after.alpha_bar)
         x = run.end_step(x)
     return x
@@ -86,7 +86,7 @@ def pndm(run: Run, x: Value, *, set_alpha_to_one: bool = False) -> Value:
         first = run.model(x, now).epsilon
         past = [first, *past[:3]]
         if number >= 3 or run.remaining == 1:
-            below = alpha_bar_before(run, now.time, set_alpha_to_one)
+            below = alpha_bar_after(run, now, after, set_alpha_to_one)
             x = transfer(x, _combined(past), now.alpha_bar, below)
         else:
             x = transfer(x, _runge_kutta(run, x, now, after, first), now.alpha_bar, after.alpha_bar)
@@ -96,7 +96,8 @@ def pndm(run: Run, x: Value, *, set_alpha_to_one: bool = False) -> Value:
 
 def _runge_kutta(run: Run, x: Value, now: Level, after: Level, first: Value) -> Value:
     """The slope of the classical fourth-order method, from the first of its four (Liu et al. 2022, eq. 13)."""
-    time = int(after.time) + run.stride // 2
+    stride = run.stride if run.strided else int(now.time - after.time)
+    time = int(after.time) + stride // 2
     middle = Level(time, run.schedule.sigmas[time])
     second = run.model(transfer(x, first, now.alpha_bar, middle.alpha_bar), middle).epsilon
     third = run.model(transfer(x, second, now.alpha_bar, middle.alpha_bar), middle).epsilon

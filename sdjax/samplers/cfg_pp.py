@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from sdjax.samplers import options
-from sdjax.samplers.ddim import alpha_bar_before
+from sdjax.samplers.ddim import alpha_bar_after
 from sdjax.samplers.euler import ancestral
 from sdjax.samplers.run import Level, Run, Value
 
@@ -17,8 +17,8 @@ def ddim_cfg_pp(run: Run, x: Value, *, set_alpha_to_one: bool = False) -> Value:
       set_alpha_to_one: as for `ddim`.
     """
     options.flag("set_alpha_to_one", set_alpha_to_one)
-    for now, _ in run.steps():
-        alpha_bar = alpha_bar_before(run, now.time, set_alpha_to_one)
+    for now, after in run.steps():
+        alpha_bar = alpha_bar_after(run, now, after, set_alpha_to_one)
         output = run.model(x, now)
         x = run.end_step(math.sqrt(alpha_bar) * output.x0 + math.sqrt(1 - alpha_bar) * output.unguided_epsilon)
     return x

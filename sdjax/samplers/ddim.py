@@ -19,7 +19,7 @@ def ddim(run: Run, x: Value, *, eta: float = 0.0, set_alpha_to_one: bool = False
     options.number("eta", eta, 0, 1)
     options.flag("set_alpha_to_one", set_alpha_to_one)
     for now, after in run.steps():
-        alpha_bar = alpha_bar_before(run, now.time, set_alpha_to_one)
+        alpha_bar = alpha_bar_after(run, now, after, set_alpha_to_one)
         current = run.schedule.alphas_cumprod[int(now.time)]  # not by sigma: the last variance is then exactly 0
         std = eta * math.sqrt((1 - alpha_bar) / (1 - current) * (1 - current / alpha_bar))
         output = run.model(x, now)
@@ -41,8 +41,8 @@ def ddim_inverse(run: Run, x: Value, *, set_alpha_to_one: bool = False, iteratio
     """
     options.flag("set_alpha_to_one", set_alpha_to_one)
     options.whole("iterations", iterations, 1, 100)
-    for _, above in run.steps():
-        below = alpha_bar_before(run, above.time, set_alpha_to_one)
+    for lower, above in run.steps():
+        below = alpha_bar_after(run, above, lower, set_alpha_to_one)
         # What the model is told is the noisier level; what it is shown first is the other.
         shown, level = x, Level(above.time, math.sqrt(1 / below - 1)) if below < 1 else above
         for _ in range(iterations):
@@ -58,9 +58,13 @@ def transfer(x: Value, epsilon: Value, alpha_bar: float, other: float) -> Value:
     return math.sqrt(other) * x0 + math.sqrt(1 - other) * epsilon
 
 
-def alpha_bar_before(run: Run, time: float, set_alpha_to_one: bool) -> float:
-    """Alpha bar one stride down, as diffusers takes it: not the next timestep's where the steps do not divide T."""
-    before = int(time) - run.stride
-    if before >= 0:
-        return run.schedule.alphas_cumprod[before]
+def alpha_bar_after(run: Run, now: Level, after: Level, set_alpha_to_one: bool) -> float:
+    """Alpha bar where a step ends: the next level's.
+
+    Of diffusers' own spacings it is that of one stride down, as it takes it, where the steps do not divide T, too.
+    """
+    if run.strided and int(now.time) >= run.stride:
+        return run.schedule.alphas_cumprod[int(now.time) - run.stride]
+    if after.sigma > 0 and not run.strided:
+        return after.alpha_bar
     return 1.0 if set_alpha_to_one else run.schedule.alphas_cumprod[0]

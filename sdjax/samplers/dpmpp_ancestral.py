@@ -37,6 +37,8 @@ def dpmpp_sde(run: Run, x: Value, *, r: float = 0.5, eta: float = 1.0, s_noise: 
       eta, s_noise: as for `euler_ancestral`.
     """
     options.number("r", r, 1e-3, 1 - 1e-3)
+    options.number("eta", eta, 0, 1)
+    options.number("s_noise", s_noise, 0)
     for now, after in run.steps():
         denoised = run.model(x, now).x0
         if after.sigma > 0:

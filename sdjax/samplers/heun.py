@@ -16,20 +16,22 @@ def heun(
     *,
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
+    s_tmax: float | None = None,
     s_noise: float = 1.0,
 ) -> Value:
     """Algorithm 2 of Karras et al. 2022: the trapezoidal rule, after going back up a little in noise.
 
     Args:
       s_churn: how far up, over all steps together; 0 is the deterministic method.
-      s_tmin, s_tmax: the sigmas between which there is churn.
+      s_tmin, s_tmax: the sigmas between which there is churn; None is no upper one.
       s_noise: factor of the noise that is added.
     """
     for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_noise", s_noise)):
         options.number(name, value, 0)
+    if s_tmax is not None:
+        options.number("s_tmax", s_tmax, 0)
     for now, after in run.steps():
-        if s_churn > 0 and s_tmin <= now.sigma <= s_tmax:
+        if s_churn > 0 and s_tmin <= now.sigma and (s_tmax is None or now.sigma <= s_tmax):
             gamma = min(s_churn / run.num_inference_steps, math.sqrt(2) - 1)
             hat = run.level(now.sigma * (1 + gamma))
             x = x + math.sqrt(hat.sigma**2 - now.sigma**2) * s_noise * run.noise(hat, now)
@@ -62,11 +64,13 @@ def restart(run: Run, x: Value, *, restarts: tuple[float, ...] = (0.1, 2.0, 9, 2
 
 
 def _quadruples(restarts: tuple[float, ...]) -> list[tuple[float, float, int, int]]:
-    if len(restarts) % 4:
+    if not isinstance(restarts, tuple) or len(restarts) % 4:
         raise ValueError(f"restarts: expected low, high, steps, times for each, got {restarts!r}")
     found = [restarts[i : i + 4] for i in range(0, len(restarts), 4)]
     for low, high, steps, times in found:
-        if not 0 < low < high < math.inf:
+        options.number("restarts: low", low, 0)
+        options.number("restarts: high", high, 0)
+        if not 0 < low < high:
             raise ValueError(f"restarts: expected 0 < low < high, got {low!r} and {high!r}")
         options.whole("restarts: steps", steps, 1, 1000)
         options.whole("restarts: times", times, 1, 1000)

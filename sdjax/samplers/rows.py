@@ -83,6 +83,11 @@ class Rows:
         spans = spans[spans[:, 0] > spans[:, 1]]
         return bool(np.all(spans[1:, 0] <= spans[:-1, 1]))
 
+    @property
+    def reads_unguided(self) -> bool:
+        """Whether they need the unguided output even where guidance is off."""
+        return bool(np.any(np.asarray(self.update)[..., REGISTERS + 2]))
+
     def from_noise(self) -> Rows:
         """The same rows with `start` = (0, start_noise): `start · [clean, noise]` is then right without an image."""
         return dataclasses.replace(self, start=np.stack([np.zeros_like(self.start_noise), self.start_noise]))

@@ -110,6 +110,7 @@ class Run:
       num_inference_steps: of the whole run, which a stride is a share of.
       prediction: what the model returns: "epsilon", "v" or "sample".
       scale: of the algorithm's latents.
+      strided: whether diffusers' rules for timesteps that are a stride apart are to be followed to the letter.
     """
 
     def __init__(
@@ -121,11 +122,13 @@ class Run:
         prediction: str,
         scale: Scale,
         machine: Machine,
+        strided: bool = False,
     ) -> None:
         self.schedule = schedule
         self.levels = levels
         self.first = first
         self.num_inference_steps = num_inference_steps
+        self.strided = strided
         self._prediction = prediction
         self._scale = scale
         self._machine = machine

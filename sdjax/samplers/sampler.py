@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from sdjax.samplers.registry import ALGORITHMS, Algorithm
-from sdjax.samplers.rows import REGISTERS, Rows
+from sdjax.samplers.rows import Rows
 from sdjax.samplers.run import CLEAN, Level, Machine, Run, Value
 from sdjax.samplers.symbols import Tracer
 from sdjax.schedule import Schedule
-from sdjax.spacings import Spacing, fixed_length
+from sdjax.spacings import STRIDED, Spacing, fixed_length, from_plain, to_plain
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,13 @@ class Sampler:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `create` takes besides the name and the schedule to make it again."""
-        own = {"spacing": self.spacing, "prediction": self.prediction, "steps_offset": self.steps_offset}
+        """What `create` takes besides the name and the schedule to make it again, in plain values."""
+        own: dict[str, Any] = {
+            "spacing": to_plain(self.spacing),
+            "prediction": self.prediction,
+            "steps_offset": self.steps_offset,
+        }
         return own | {"final_sigma": self.final_sigma} | dict(self.options)
-
-    @property
-    def reads_unguided(self) -> bool:
-        """Whether it needs the unguided output even where guidance is off."""
-        steps = fixed_length(self.points) or min(4, self.schedule.num_train_timesteps)
-        return bool(np.any(self.rows(steps).update[:, :, REGISTERS + 2]))
 
     def rows(
         self, num_inference_steps: int, strength: float = 1.0, *, exact_steps: bool = False, dtype: Any = np.float32
@@ -95,14 +94,20 @@ class Sampler:
         levels = (*(Level(float(t), float(sigma)) for t, sigma in zip(times, sigmas, strict=True)), end)
         if self.algorithm.inverse:
             levels, first = levels[first:][::-1], 0
-        return self.run_over(machine, x, levels, first, total)
+        return self.run_over(machine, x, levels, first, total, self.points in STRIDED)
 
     def run_over(
-        self, machine: Machine, x: Value, levels: tuple[Level, ...], first: int, num_inference_steps: int
+        self,
+        machine: Machine,
+        x: Value,
+        levels: tuple[Level, ...],
+        first: int,
+        num_inference_steps: int,
+        strided: bool = False,
     ) -> tuple[Run, Value]:
-        """The same over any noise levels, of which `first` is the one to begin at."""
+        """The same over any noise levels, of which `first` is the one to begin at. strided: see `Run`."""
         algorithm = self.algorithm
-        run = Run(self.schedule, levels, first, num_inference_steps, self.prediction, algorithm.scale, machine)
+        run = Run(self.schedule, levels, first, num_inference_steps, self.prediction, algorithm.scale, machine, strided)
         return run, algorithm.function(run, run.start(x), **dict(self.options))
 
     def _steps(self, num_inference_steps: int, strength: float, exact_steps: bool) -> tuple[int, int]:
@@ -132,7 +137,7 @@ class Sampler:
 def create(
     name: str | Algorithm,
     schedule: Schedule = Schedule(),  # noqa: B008 - frozen
-    spacing: str | Spacing | None = None,
+    spacing: str | Spacing | Mapping[str, Any] | None = None,
     prediction: str = "epsilon",
     steps_offset: int = 1,
     final_sigma: str | None = None,
@@ -145,7 +150,7 @@ def create(
         algorithm of your own.
       schedule: the noise schedule that the model was trained with.
       spacing: which points it visits: a name ("leading", "linspace", "trailing", "karras", ...), or one of
-        `sdjax.spacings` with options, or your own function. None: the sampler's own.
+        `sdjax.spacings` with options, as `Sampler.settings` has it, too; or your own function. None: the sampler's own.
       prediction: what the model returns: "epsilon", "v" or "sample".
       steps_offset: added to the timesteps of the leading spacing.
       final_sigma: where the last step ends: "zero", or for some samplers "min", the first timestep's noise level.
@@ -162,7 +167,7 @@ def create(
             there = f"it has {', '.join(known)}" if known else "it has none"
             raise ValueError(f"{option}: {algorithm.name} has no such option; {there}")
     spacings = [spacing for spacing, _ in algorithm.spacings]
-    spacing = algorithm.spacing if spacing is None else spacing
+    spacing = algorithm.spacing if spacing is None else from_plain(spacing) if isinstance(spacing, Mapping) else spacing
     if spacing not in spacings and not callable(spacing):
         raise ValueError(f"spacing: {algorithm.name} has no spacing {spacing!r}; there are {', '.join(spacings)}")
     schedule.check_prediction(prediction)

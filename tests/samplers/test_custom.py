@@ -167,7 +167,7 @@ def test_a_custom_algorithm(function, known):
         assert_close(registers[0], expected, 2e-6)
         for k, its_x0 in enumerate(machine.x0):
             assert_close(x0[k], its_x0, 2e-6)
-        assert sampler.reads_unguided == (function is cfgpp)
+        assert rows.reads_unguided == (function is cfgpp)
 
 
 def test_rows_of_a_step_of_two_calls():

@@ -1,6 +1,7 @@
 """What holds for every sampler there is, and how `create` and `rows` refuse what does not exist."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from sdjax import samplers
 from sdjax.samplers import REGISTERS
 from sdjax.schedule import Schedule
+from sdjax.spacings import Timesteps, fixed_length
 
-from .oracle import KINDS, NAMES, draws, jax_model, options_of
+from .oracle import KINDS, NAMES, Numbers, draws, jax_model, options_of
 
 X, NOISES = (array.astype(np.float32) for array in draws(256))
 sample = jax.jit(lambda rows: samplers.sample(jax_model, X, rows, noise=NOISES))
@@ -73,8 +75,7 @@ def test_one_step_algorithms_hold_only_their_latents(name):
     rows = samplers.create(name, **({"order": 1} if name == "er_sde" else {})).rows(20)
     assert not rows.input[:, 1:REGISTERS].any()
     assert not rows.update[:, 1:].any()
-    assert not samplers.create(name).reads_unguided
-    assert not rows.update[:, :, REGISTERS + 2].any()
+    assert not rows.reads_unguided
 
 
 @pytest.mark.parametrize("algorithm", samplers.ALGORITHMS, ids=NAMES)
@@ -111,6 +112,55 @@ def test_names_of_other_programs():
         assert samplers.create(theirs).name == ours
     known = [name.casefold() for algorithm in samplers.ALGORITHMS for name in algorithm.names]
     assert len(set(known)) == len(known)
+
+
+BAD = [object(), math.nan, math.inf, -1e9, "a", (1, 2), ("a",) * 4, [0.1, 2, "b", 1]]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=repr)
+@pytest.mark.parametrize("algorithm", samplers.ALGORITHMS, ids=NAMES)
+def test_every_option_is_checked_at_once(algorithm, bad):
+    for option in algorithm.options:
+        with pytest.raises(ValueError, match=option):
+            samplers.create(algorithm, **{option: bad})
+
+
+UNEVEN = [
+    {"spacing": Timesteps((999, 500, 499, 30, 0))},
+    {"spacing": Timesteps((999, 998))},
+    {"spacing": Timesteps((999, 998, 997))},
+    {"spacing": "align_your_steps"},
+    {"spacing": "simple"},
+]
+
+
+@pytest.mark.parametrize("options", UNEVEN, ids=lambda options: str(options["spacing"]))
+@pytest.mark.parametrize("name", ["ddim", "ddim_inverse", "ddim_cfg_pp", "plms", "pndm"])
+def test_the_model_is_shown_what_it_is_told(name, options):
+    """With the same x0 and noise in the latents throughout these are exact, over whatever timesteps."""
+    schedule, x0, epsilon = Schedule(), 1.7, -0.6
+    inverse = name == "ddim_inverse"
+
+    def at(time):
+        share = schedule.alphas_cumprod[int(time)]
+        return np.sqrt(share) * x0 + np.sqrt(1 - share) * epsilon
+
+    seen = []
+
+    def denoise(x, time):
+        seen.append((x, at(time)))
+        return epsilon, epsilon
+
+    sampler = samplers.create(name, schedule, **options, **({"iterations": 3} if inverse else {}))
+    steps = fixed_length(sampler.points) or 7
+    first = 0 if inverse else sampler.points(schedule, steps, 1)[0][0]
+    _, end = sampler.run(Numbers(None, denoise), at(first), steps)
+    if inverse:  # of each step's three calls the first is of the other end's latents
+        seen = [pair for i, pair in enumerate(seen) if i % 3]
+    else:
+        seen.append((end, at(0)))  # set_alpha_to_one is off
+    found, expected = np.array(seen).T
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["no such", "", None, 3])
