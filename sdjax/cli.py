@@ -127,6 +127,8 @@ def _compile(arguments: argparse.Namespace) -> None:
 
     if compilation_cache.location() is None:
         raise ValueError("SDJAX_CACHE: the cache is switched off, so the programs would be kept nowhere")
+    if compilation_cache.limit() == 0:
+        raise ValueError("SDJAX_CACHE_GIB: it is 0, so no program would be kept")
     arguments.prompts = arguments.prompts or ([""] if arguments.prompts_file is None else [])
     prompts = _prompts(arguments, None)
     settings = _loaded(arguments, None)
@@ -303,10 +305,12 @@ def _again(old: Recipe, prompt: str, seed: int, settings: dict[str, Any]) -> Ima
     from sdjax import generation
     from sdjax.prompts import encode
 
-    prompts = [prompt] * old.batch
-    if encode(settings["model"].tokenizer, [prompt], None, old.num_inference_steps)[0].windows.shape[-1] < old.windows:
+    prompts, negative = [prompt] * old.batch, [settings.get("negative_prompt", "")]
+    conditioning, _ = encode(settings["model"].tokenizer, [prompt], negative, old.num_inference_steps)
+    if conditioning.windows.shape[-1] < old.windows:
         # A longer text beside it had the program compiled for more windows: so it needs one again.
         long = " ".join(["a"] * (75 * (old.windows - 1) + 1))
+        long = " AND ".join([*["a"] * (conditioning.token_ids.shape[1] - 1), long])
         prompts = [*prompts, long] if old.batch == 1 else [long if i != old.index else prompt for i in range(old.batch)]
     with _at_once():
         made = generation.generate(prompts, seed=[seed] * len(prompts), batch_size=old.batch, **settings)
@@ -365,7 +369,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise ValueError(f"TARGET: there is no folder {target.parent}; make it first")
     if target.exists() and (target.is_dir() or os.path.samefile(source, target)):
         raise ValueError(f"TARGET: {target} is {'a folder' if target.is_dir() else 'the source itself'}")
-    if target.exists() and (not arguments.overwrite or arguments.layout == "diffusers"):
+    if target.exists() and arguments.layout == "diffusers":
+        raise ValueError(f"TARGET: {target} is a file, and --layout diffusers writes a folder; choose another name")
+    if target.exists() and not arguments.overwrite:
         raise ValueError(f"TARGET: {target} exists; choose another name, or give --overwrite")
     from sdjax import checkpoints, pipeline
 

@@ -77,7 +77,8 @@ def clear() -> int:
     for path in _files():
         path.unlink(missing_ok=True)
     for name in _SUBFOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
     return freed
 
 
@@ -141,7 +142,7 @@ def _ask(question: Callable[[Any], bytes | None]) -> bytes | None:
     from jax._src.lru_cache import LRUCache  # it has no public name, and counts what JAX keeps beside ours
 
     try:
-        return question(LRUCache(_before["ours"], max_size=_limit()))
+        return question(LRUCache(_before["ours"], max_size=limit()))
     except (OSError, ValueError) as error:  # a time of last use that is none is a ValueError
         _warn_once(f"compiled programs are not kept in {_before['ours']}: {error}")
         return None
@@ -152,15 +153,15 @@ def _switch_on() -> None:
 
     if getattr(jax.config, _FOLDER) is not None or not getattr(jax.config, _SWITCH):
         return
-    folder, limit = location(), _limit()
-    if folder is None or limit == 0 or not is_usable(folder):
+    folder, most = location(), limit()
+    if folder is None or most == 0 or not is_usable(folder):
         return
     settings = {
         _FOLDER: str(folder),
         # All of it is kept, however small: a start consists of many small programs besides the large one.
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_compilation_cache_max_size": limit,
+        "jax_compilation_cache_max_size": most,
         "jax_raise_persistent_cache_errors": False,
     }
     _before.update({name: getattr(jax.config, name) for name in settings}, ours=str(folder))
@@ -189,7 +190,7 @@ def _update(values: dict[str, Any]) -> None:
     reset_cache()
 
 
-def _limit() -> int:
+def limit() -> int:
     """Bytes that the cache may hold; -1 for any number where JAX cannot keep count."""
     text = os.environ.get("SDJAX_CACHE_GIB", "")
     try:

@@ -99,7 +99,7 @@ def generate(
       exact_steps: with a strength, num_inference_steps are run, the last of int(num_inference_steps / strength).
       brownian: the noises that the sampler adds are one Brownian motion per picture, so that a run of half as many
         steps follows the same path; else they are drawn independently, step by step.
-      regions: a mask for each of the prompts that AND joins, white where it counts; all are of one number.
+      regions: a mask for each of the prompts that AND joins, white where it counts; every prompt joins as many.
       controls: what the model's ControlNets are to follow, by the names they have there; those that are not named are
         not run.
       vae_tile: pixels, a multiple of the VAE's factor: pictures are decoded one at a time and in tiles of this side, in
@@ -114,6 +114,7 @@ def generate(
       ValueError: an argument is not of these, naming it.
       CheckpointError: the model could not be read.
       FloatingPointError: a picture came out with numbers that are not finite; it names the stage.
+      KeyboardInterrupt: Ctrl-C before any picture was finished.
     """
     plan = plans.plan(**locals())  # of the arguments, all there is yet
     done: list[np.ndarray] = []
@@ -134,7 +135,9 @@ def generate(
         logger.warning("interrupted: %d of %d pictures are finished", len(done), plan.count)
     if output_type == "pil":
         return [plan.picture(pixels, i) for i, pixels in enumerate(done)]
-    return np.stack(done) if done else np.zeros((0, *plan.job.output_shape))
+    if not done:
+        return np.zeros((0, *plan.job.output_shape), np.uint8 if plan.job.decode else np.float32)
+    return np.stack(done)
 
 
 def compile(
@@ -147,11 +150,15 @@ def compile(
     """Compiles the program that `generate` would run with these arguments, and runs nothing.
 
     It is kept on disk (`sdjax.compilation_cache`), where other processes find it. What a program depends on: the kind
-    of model and its dtype, the size, the batch, the number of windows of 75 tokens, every 64 rows of the sampler,
-    whether there is guidance, and which of its options; a picture, a mask, ControlNets; and `progress` or a callback.
+    of model and its dtype, the size, the batch, the number of windows of 75 tokens, the length of the sampler's table
+    (64, 256, 1024 or 4096 rows), whether there is guidance, and which of its options; a picture, a mask, start noise,
+    ControlNets, LoRAs; and `progress` or a callback.
 
-    weights: also keep the model's transformed weights there, see `StableDiffusion.keep_prepared`: gigabytes of a large
-      model, which spare later processes the seconds of making them.
+    Args:
+      prompt, negative_prompt, **options: as `generate` takes them.
+      weights: True or False; whether to keep the model's transformed weights there as well, see
+        `StableDiffusion.keep_prepared`: gigabytes of a large model, which spare later processes the seconds of making
+        them.
 
     Raises:
       As `generate`, and as `StableDiffusion.keep_prepared`.

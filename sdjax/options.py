@@ -237,6 +237,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _number(kind: Callable[[str], Any], least: float, most: float = math.inf) -> Callable[[str], Any]:
     """The type of an option: a number in a range."""
+    start = "above 0 and up" if 0 < least < 1e-6 else f"{least:g}"
     ending = f" to {most:g}" if most < LARGEST_SEED else " or more" if most == math.inf else " to 2^64 - 1"
 
     def parse(text: str) -> Any:
@@ -246,7 +247,6 @@ def _number(kind: Callable[[str], Any], least: float, most: float = math.inf) ->
             value = math.nan
         if not least <= value <= most or value == math.inf:
             what = "a whole number" if kind is int else "a number"
-            start = "above 0 and up" if 0 < least < 1 else f"{least:g}"
             raise argparse.ArgumentTypeError(f"expected {what}, {start}{ending}, got {text!r}")
         return value
 

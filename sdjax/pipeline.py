@@ -92,7 +92,7 @@ class StableDiffusion:
       digest: of samples of its weights as they are computed with.
       loras: what `with_lora` added, in this order.
       embeddings: what `with_embedding` added.
-      tiny_decoder: TAESD, where `with_tiny_decoder` added them.
+      tiny_decoder: TAESD, where `with_tiny_decoder` added it.
       controls: the ControlNets that `with_controlnet` added, by name.
     """
 
@@ -302,10 +302,14 @@ class StableDiffusion:
         ):
             raise ValueError(f"part: the model's ControlNets or TAESD do not fit this {part}; add theirs after it")
         own, params = placed(path, found, self.dtype)
+        stay = [params for name, params in self.params.items() if name != part]
+        kernels = {id(leaf) for leaf in jax.tree.leaves([stay, [net.params for net in self.controls.values()]])}
         return dataclasses.replace(
             self,
             config=config,
             params={**self.params, part: params},
+            # Without the old part's, which would live as long as the new model.
+            _transformed={kernel: known for kernel, known in self._transformed.items() if kernel in kernels},
             tokenizer=Tokenizer(config.text_encoder.padding_id, self.tokenizer.words),
             file=f"{self.file} + {path.name}",
             digest=combined(self.digest, part, own),

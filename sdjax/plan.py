@@ -243,6 +243,8 @@ def plan(
     size = -(-size // devices) * devices
     # Tiles are decoded one after the other: at their size the decoder's maps exist once.
     side = max(height, width) if vae_tile is None else vae_tile
+    if canvases is None and (fast.tiny_vae or not decoded):
+        side = 0  # the VAE does not run at all
     at_once = size // devices if vae_tile is None else 1
 
     stepwise = progress or callback is not None

@@ -2,7 +2,8 @@
 
 Of Stable Diffusion 1.5 the transform takes seconds and its result gigabytes; so they are kept only where somebody asks
 for it. They lie in the cache's folder, under a name made from the checkpoint's size and time of change, samples of its
-weights, the dtype, and the source of the transform.
+weights, the dtype, and the source of the transform. What an earlier version of that source made of the same is deleted
+when there is a new one.
 """
 
 from __future__ import annotations
@@ -35,10 +36,9 @@ def place(checkpoint: Path, digest: str, dtype: str) -> Path | None:
     if folder is None or not checkpoint.is_file():
         return None
     found = checkpoint.stat()
-    name = hashlib.sha256(f"{found.st_size} {found.st_mtime_ns} {digest} {dtype}".encode())
-    for module in (prepared, winograd):
-        name.update(Path(str(module.__file__)).read_bytes())
-    return folder / compilation_cache.KERNELS / f"{name.hexdigest()}.safetensors"
+    what = hashlib.sha256(f"{found.st_size} {found.st_mtime_ns} {digest} {dtype}".encode())
+    how = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in (prepared, winograd)))
+    return folder / compilation_cache.KERNELS / f"{what.hexdigest()}-{how.hexdigest()[:16]}.safetensors"
 
 
 def read(path: Path, params: Params, dtype: str) -> prepared.Known:
@@ -87,3 +87,7 @@ def write(path: Path, params: Params, known: prepared.Known) -> None:
         for i, each in enumerate(known[id(kernel)][1])
     }
     safetensors.write(path, arrays, {"format": "sdjax transformed kernels"})
+    for older in path.parent.glob(f"{path.name.partition('-')[0]}-*"):
+        if older != path:
+            with contextlib.suppress(OSError):
+                older.unlink()

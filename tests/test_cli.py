@@ -196,6 +196,8 @@ def test_version_names_jax_too(capsys):
     [
         (["--steps", "1.5"], "whole number"),
         (["--strength", "0"], "above 0 and up to 1, got '0'"),
+        (["--guidance-threshold", "0"], "a number, 0.001 or more, got '0'"),
+        (["--gate", "0.0005"], "a number, 0.001 to 1, got '0.0005'"),
         (["--strength", "nan"], "got 'nan'"),
         (["--seed", 2**64], "0 to 2^64 - 1"),
         (["--seed", "-1"], "0 to 2^64 - 1"),
@@ -621,6 +623,19 @@ def test_a_picture_is_made_again_to_the_bit(original, tiny_file, capsys):
     assert pixels("again.png") == pixels("1.png") != pixels("2.png")
     again, first = recipe.read("again.png"), recipe.read("1.png")
     assert again == first
+
+
+def test_prompts_beside_it_are_as_long_as_they_must_be(made, tiny_file):
+    """A negative prompt takes windows too; and with regions all prompts join as many."""
+    long = " ".join(["a"] * 80)
+    for given, prompt, expected in (
+        ({"negative_prompt": long}, "a", ["a"]),
+        ({"windows": 2}, "a AND b", ["a AND b", f"a AND {' '.join(['a'] * 76)}"]),
+        ({"windows": 2, "batch": 2, "index": 1}, "a", [" ".join(["a"] * 76), "a"]),
+    ):
+        save("in.png", dataclasses.replace(PLAIN, **{"prompt": prompt, "windows": 2, **given}))
+        assert run("generate", "--from", "in.png", "--model", tiny_file, "-o", "out.png") == 0
+        assert made[-1]["prompt"] == expected
 
 
 @pytest.mark.slow

@@ -135,7 +135,7 @@ def test_old_programs_make_room_for_new_ones(tmp_path):
 @pytest.mark.parametrize("text", ["much", "-1", "nan", "inf"])
 def test_a_limit_that_is_no_number_is_said_and_not_taken(monkeypatch, caplog, text):
     monkeypatch.setenv("SDJAX_CACHE_GIB", text)
-    assert compilation_cache._limit() == 4 * 2**30
+    assert compilation_cache.limit() == 4 * 2**30
     assert "SDJAX_CACHE_GIB" in caplog.text
 
 

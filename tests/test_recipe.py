@@ -313,7 +313,7 @@ SPACINGS = [
 ]
 
 
-@pytest.mark.parametrize("spacing", SPACINGS, ids=str)
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_a_sampler_comes_back_with_its_spacing(spacing):
     one = samplers.create("euler", spacing=spacing)
     read = recipe.from_json(recipe.texts(dataclasses.replace(PLAIN, sampler_options=one.settings))["sdjax"])

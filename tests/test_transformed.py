@@ -3,13 +3,14 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 import sdjax
-from sdjax import checkpoints, cli, compilation_cache, generation
+from sdjax import checkpoints, cli, compilation_cache, generation, transformed
 from sdjax.models import prepared
 from sdjax.ops import winograd
 
@@ -137,6 +138,26 @@ def test_a_damaged_file_is_made_again(file, damage, caplog):
     assert not kept.exists()
     assert model.keep_prepared() == kept
     assert sdjax.load(file)._transformed
+
+
+def test_what_an_earlier_version_made_of_it_goes(file, monkeypatch):
+    older = sdjax.load(file).keep_prepared()
+    other = older.with_name(f"other-{older.name.partition('-')[2]}")
+    other.write_bytes(older.read_bytes())
+    monkeypatch.setattr(transformed, "prepared", SimpleNamespace(__file__=__file__))
+    newer = sdjax.load(file).keep_prepared()
+    assert newer != older
+    assert sorted(newer.parent.iterdir()) == sorted([newer, other])
+
+
+def test_another_part_leaves_nothing_of_the_old_one(file, tmp_path):
+    model = sdjax.load(file)
+    leaves(model)
+    old = {id(x) for x in jax.tree.leaves(model.params["unet"])}
+    other = model.with_part(file, "unet")
+    assert old & model._transformed.keys()
+    assert other._transformed
+    assert not old & other._transformed.keys()
 
 
 def test_a_folder_that_others_may_write_to_is_not_trusted(file, tmp_path):
