@@ -202,8 +202,10 @@ def main() -> None:
     concept, style, pictures = zip(*sprites(emojis, args.noto, args.fluent), strict=True)
     stacked = np.stack(pictures)
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all: an older one stays until then.
+    temporary = args.out.with_name(f".{args.out.stem}.part.npz")
     np.savez_compressed(
-        args.out,
+        temporary,
         sprites=stacked,
         concept=np.array(concept, np.int32),
         style=np.array(style, np.int32),
@@ -214,6 +216,7 @@ def main() -> None:
         sources=np.array([path.name for path in (args.noto, args.fluent, args.emoji_test)]),
         sources_sha256=np.array([sha256(path) for path in (args.noto, args.fluent, args.emoji_test)]),
     )
+    temporary.replace(args.out)
     print(f"{len(emojis)} concepts, {len(stacked)} sprites")
     for index, name in enumerate(data.STYLES):
         print(f"  {name}: {style.count(index)}")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from sdjax import arguments, images
+from sdjax.images import ImageSource
 from sdjax.models.config import Config
-
-PictureSource = Any  # a path, a PIL picture or an array
 
 
 class Canvas(NamedTuple):
@@ -23,12 +22,13 @@ class Canvas(NamedTuple):
     original: Image.Image | None = None  # with `padding_mask_crop`: the whole picture, its mask, the part worked on
     whole_mask: Image.Image | None = None
     region: images.Box | None = None
+    profile: bytes | None = None  # the picture's colour profile (ICC), which is that of what is made of it
 
 
 def read_canvases(
     config: Config,
-    sources: list[PictureSource] | None,
-    mask_sources: list[PictureSource] | None,
+    sources: list[ImageSource] | None,
+    mask_sources: list[ImageSource] | None,
     height: int | None,
     width: int | None,
     mask_blur: float,
@@ -48,7 +48,7 @@ def read_canvases(
     pictures = [load_image(i, source) for i, source in enumerate(sources)]
     height, width = arguments.size(config, height, width, pictures[0] if padding is None else None)
     if mask_sources is None:
-        return [Canvas(np.asarray(images.resize(p, width, height)), None) for p in pictures], height, width
+        return [_canvas(p, images.resize(p, width, height), None) for p in pictures], height, width
 
     load_mask = _once(lambda i, source: images.load_mask(source, name=f"mask_image[{i}]"))
     canvases = []
@@ -56,25 +56,27 @@ def read_canvases(
         mask = load_mask(i, source)
         if padding is None:
             mask = images.blur_mask(images.resize_mask(mask, width, height), mask_blur)
-            canvases.append(_canvas(images.resize(picture, width, height), mask))
+            canvases.append(_canvas(picture, images.resize(picture, width, height), mask))
         else:
             mask = images.blur_mask(images.resize_mask(mask, *picture.size), mask_blur)
             region = images.crop_region(mask, padding, width, height)
             part = images.resize(picture.crop(region), width, height)
             part_mask = images.resize(mask.crop(region), width, height)
-            canvases.append(_canvas(part, part_mask)._replace(original=picture, whole_mask=mask, region=region))
+            canvas = _canvas(picture, part, part_mask)
+            canvases.append(canvas._replace(original=picture, whole_mask=mask, region=region))
     return canvases, height, width
 
 
-def _canvas(picture: Image.Image, mask: Image.Image) -> Canvas:
-    return Canvas(np.asarray(picture), np.asarray(mask, np.float32)[..., None] / np.float32(255))
+def _canvas(picture: Image.Image, at_work: Image.Image, mask: Image.Image | None) -> Canvas:
+    alpha = None if mask is None else np.asarray(mask, np.float32)[..., None] / np.float32(255)
+    return Canvas(np.asarray(at_work), alpha, profile=picture.info.get("icc_profile"))
 
 
-def _once(load: Callable[[int, PictureSource], Image.Image]) -> Callable[[int, PictureSource], Image.Image]:
+def _once(load: Callable[[int, ImageSource], Image.Image]) -> Callable[[int, ImageSource], Image.Image]:
     """The same loader, which reads one object that comes several times only the first time."""
     seen: dict[int, Image.Image] = {}
 
-    def cached(i: int, source: PictureSource) -> Image.Image:
+    def cached(i: int, source: ImageSource) -> Image.Image:
         if id(source) not in seen:
             seen[id(source)] = load(i, source)
         return seen[id(source)]

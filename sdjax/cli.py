@@ -277,9 +277,13 @@ def _settings(arguments: argparse.Namespace, old: Recipe | None) -> dict[str, An
 
 
 def _sampler(arguments: argparse.Namespace, old: Recipe | None, model: StableDiffusion) -> Sampler:
+    from sdjax.schedule import Schedule
+
     options: dict[str, Any] = {}
     if old is not None and arguments.sampler is None:
         options |= old.sampler_options
+        if old.schedule:
+            options["schedule"] = Schedule(**old.schedule)
     if arguments.spacing is not None:
         options["spacing"] = arguments.spacing
     options |= dict(arguments.sampler_option)

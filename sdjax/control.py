@@ -19,7 +19,7 @@ class Control:
       image: what that ControlNet reads: edges, a depth map, a pose; a path, PIL picture or array, or one per prompt. It
         is scaled to the size of the pictures.
       scale: how strongly, one number or one per step. 0 leaves the picture alone.
-      interval: the share of the steps in which it counts, (0, 1) for all.
+      interval: the share of the steps made in which it counts, (0, 1) for all.
     """
 
     image: images.ImageSource | Sequence[images.ImageSource]
@@ -33,7 +33,12 @@ class Control:
 
 
 def read(
-    controls: Mapping[str, Control] | None, known: Sequence[str], prompts: int, size: tuple[int, int], steps: int
+    controls: Mapping[str, Control] | None,
+    known: Sequence[str],
+    prompts: int,
+    size: tuple[int, int],
+    steps: int,
+    first: int,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By ControlNet: its pictures (prompts, H, W, 3) uint8, and its scale at each of the user's steps (steps,) float32.
 
@@ -43,6 +48,7 @@ def read(
       prompts: how many there are.
       size: (H, W) of the pictures.
       steps: of the whole run.
+      first: the first of them that is made.
 
     Raises:
       ValueError: an unknown name, a picture that cannot be read, another number of pictures or scales.
@@ -63,8 +69,8 @@ def read(
         loaded = [images.load_image(source, name=f"controls[{name!r}].image") for source in sources]
         pixels = np.stack([np.asarray(images.resize(picture, width, height)) for picture in loaded])
         scales = guidance.per_row(control.scale, steps, np.arange(steps), name=f"controls[{name!r}].scale")
-        # diffusers' rule: a step counts that lies in the interval from its beginning to its end.
-        i = np.arange(steps)
-        counts = (i / steps >= control.interval[0]) & ((i + 1) / steps <= control.interval[1])
+        # diffusers' rule: of those made a step counts that lies in the interval from its beginning to its end.
+        i, made = np.arange(steps) - first, steps - first
+        counts = (i / made >= control.interval[0]) & ((i + 1) / made <= control.interval[1])
         read[name] = np.broadcast_to(pixels, (prompts, *pixels.shape[1:])), scales * counts
     return read

@@ -16,7 +16,7 @@ class Fast:
       deep_cache: N >= 2: the whole UNet runs in every N-th call; in those between only its level at the latents' own
         size, on what the last whole call handed up to it (Ma et al. 2023, DeepCache, section 3.2, with its cached
         branch at the last level). None runs it all.
-      gate: the share of the steps after which guidance ends and cross-attention is not computed any more: it gives
+      gate: the share of the steps made after which guidance ends and cross-attention is not computed any more: it gives
         what it gave last, the mean of with and without the prompt (Zhang et al. 2024, T-GATE, algorithm 1; they take
         0.4). None never ends them.
       merge: up to 0.75, the share of the tokens at the largest maps with attention that self-attention sees as one

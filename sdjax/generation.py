@@ -20,7 +20,7 @@ from sdjax import compilation_cache, control, program, samplers
 from sdjax import fast as fast_ways
 from sdjax import guidance as guidance_functions
 from sdjax import plan as plans
-from sdjax.canvas import PictureSource
+from sdjax.images import ImageSource
 from sdjax.job import Inputs, Job, Result
 from sdjax.pipeline import StableDiffusion
 
@@ -34,8 +34,8 @@ def generate(
     negative_prompt: str | Sequence[str] = "",
     *,
     model: StableDiffusion | str | Path | None = None,
-    image: PictureSource | Sequence[PictureSource] | None = None,
-    mask_image: PictureSource | Sequence[PictureSource] | None = None,
+    image: ImageSource | Sequence[ImageSource] | None = None,
+    mask_image: ImageSource | Sequence[ImageSource] | None = None,
     strength: float | None = None,
     num_inference_steps: int = 50,
     guidance_scale: float | Sequence[float] = 7.5,
@@ -56,7 +56,7 @@ def generate(
     padding_mask_crop: int | None = None,
     exact_steps: bool = False,
     brownian: bool = False,
-    regions: Sequence[PictureSource] | None = None,
+    regions: Sequence[ImageSource] | None = None,
     controls: Mapping[str, control.Control] | None = None,
     vae_tile: int | None = None,
     fast: fast_ways.Fast | None = None,

@@ -22,9 +22,11 @@ class Options:
       rescale: in [0, 1], how far the guided output is brought back to the contrast of the unguided picture
         (Lin et al. 2023, section 3.4, their phi). 0 is plain guidance, 0.7 what they recommend for models
         trained to a zero terminal signal.
-      interval: (start, stop) in [0, 1], the share of the run's steps in which there is guidance; outside of it the
-        unguided output is not computed, and the scale is 1 (Kynkäänniemi et al. 2024).
-      threshold: the predicted clean latents are kept within so much; None is no limit.
+      interval: (start, stop) in [0, 1], the share of the run's steps in which there is guidance, those counted that
+        image-to-image leaves out; outside of it the unguided output is not computed, and the scale is 1
+        (Kynkäänniemi et al. 2024).
+      threshold: the largest absolute value of the predicted clean latents, scaled as the UNet sees them; None is no
+        limit.
       quantile: with a threshold: latents are scaled down to it from this quantile of their size, in place of cutting
         off what is beyond (Saharia et al. 2022, section 2.3; they take 0.995). None cuts.
       perpendicular: with it the negative prompt pushes only across the direction of the prompt, with this weight
@@ -36,7 +38,7 @@ class Options:
         most 1 there is none, as in diffusers.
       loss: pictures (B, H, W, 3) in about [-1, 1] -> (B,), differentiable by JAX: every step goes down its gradient
         by the latents, through the decoder and the UNet (Bansal et al. 2023, forward universal guidance).
-      loss_scale: the predicted clean latents move by so much times that gradient.
+      loss_scale: the predicted clean latents move against that gradient, by so many times its size.
 
     Raises:
       ValueError: a value out of its range.

@@ -275,7 +275,7 @@ def _write(path: str | os.PathLike[str], image: Image.Image, **options: Any) -> 
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"  # the same folder, so that the rename is atomic
     try:
         with open(temporary, "xb") as file:
-            image.save(file, **options)
+            image.save(file, icc_profile=image.info.get("icc_profile"), **options)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

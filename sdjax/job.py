@@ -33,6 +33,7 @@ class Job:
     vae_tile: int | None = None  # pixels of the tiles that pictures are decoded in, one at a time
     merge: float | None = None  # `Fast.merge`
     tiny_vae: bool = False  # params["tiny_decoder"] decodes
+    blend: bool = True  # False: what is not masked is not put back into the pixels; who asked does it
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -50,7 +51,7 @@ class Picture(NamedTuple):
     """The picture that a job starts from."""
 
     image: Array  # (B, H, W, 3) uint8
-    mask: Array | None  # (B, H, W, 1) float32, 1 = repaint; between 0 and 1 only where its edge is blurred
+    mask: Array | None  # (B, H, W, 1) float32, 1 = repaint; between where its edge is blurred, or was cropped
 
 
 class Followed(NamedTuple):
@@ -143,8 +144,7 @@ class State(NamedTuple):
 class Result(NamedTuple):
     """What a program returns."""
 
-    pictures: (
-        jax.Array
-    )  # (B, H, W, 3) uint8; or the latents (B, h, w, z) float32, scaled, where the job does not decode
+    # (B, H, W, 3) uint8; or the latents (B, h, w, z) float32, scaled, where the job does not decode
+    pictures: jax.Array
     finite_latents: jax.Array  # (B,) bool
     finite_pixels: jax.Array  # (B,) bool

@@ -45,9 +45,10 @@ Every PNG carries its recipe; `sdjax info fox.png` shows it. What is written is 
 
 
 COMPILE_NOTES = """\
-A program is made for the kind of model, the size, the batch, prompts up to 75 tokens or of more, every 64 steps of a
-sampler, and for what is switched on: guidance and its kinds, pictures, masks, ControlNets. Texts, seeds, weights and
-numbers are nothing to it. Both are made: with a bar, and for where there is no terminal.
+A program is made for the kind of model, the size, the batch, prompts up to 75 tokens or of more, a sampler's table of
+up to 64, 256, 1024 or 4096 rows, and for what is switched on: guidance and its kinds, pictures, masks, ControlNets,
+LoRAs. Texts, seeds, weights and numbers are nothing to it. Two are made: with a bar, and for where there is no
+terminal.
 """
 
 

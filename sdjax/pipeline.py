@@ -366,7 +366,10 @@ class StableDiffusion:
         return dataclasses.replace(self, params=params, controls=controls, _transformed={})
 
     def encode_text(self, token_ids: jax.typing.ArrayLike, clip_skip: int = 0) -> jax.Array:
-        """(B, 77) int32 -> (B, 77, D) float32, after the final layer norm."""
+        """(B, 77) int32 -> (B, 77, D) float32, after the final layer norm.
+
+        clip_skip: how many of the encoder's last layers are left out.
+        """
         return _encode_text(self.config, self.dtype, self.params, np.asarray(token_ids, np.int32), clip_skip)
 
     def unet(
@@ -378,6 +381,7 @@ class StableDiffusion:
     ) -> jax.Array:
         """(B, h, w, Cin), (B,) or (), (B, S, D) -> the raw model output (B, h, w, z), float32.
 
+        timesteps: of training, which may be fractional.
         key_mask: (B, S) bool, False for tokens of the context that do not count.
         """
         timesteps = jnp.broadcast_to(jnp.asarray(timesteps, jnp.float32), latents.shape[:1])

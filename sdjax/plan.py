@@ -16,10 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+import sdjax
 from sdjax import arguments, control, images, loading, samplers, tasks
 from sdjax import fast as fast_ways
 from sdjax import guidance as guidance_functions
-from sdjax.canvas import PictureSource, read_canvases
+from sdjax.canvas import read_canvases
+from sdjax.images import ImageSource
 from sdjax.job import Followed, Guide, Inputs, Job
 from sdjax.models.unet import largest_map_with_attention
 from sdjax.pipeline import StableDiffusion
@@ -80,6 +82,8 @@ class Plan:
         if canvas is not None and canvas.original is not None and canvas.whole_mask is not None:
             image = images.paste(canvas.original, image, canvas.whole_mask, canvas.region)
             image.info.clear()
+        if canvas is not None and canvas.profile is not None:
+            image.info["icc_profile"] = canvas.profile
         recipe = dataclasses.replace(
             self.common,
             prompt=self.task.prompts[i],
@@ -99,8 +103,8 @@ def plan(
     negative_prompt: str | Sequence[str],
     *,
     model: StableDiffusion | str | Path | None,
-    image: PictureSource | Sequence[PictureSource] | None,
-    mask_image: PictureSource | Sequence[PictureSource] | None,
+    image: ImageSource | Sequence[ImageSource] | None,
+    mask_image: ImageSource | Sequence[ImageSource] | None,
     strength: float | None,
     num_inference_steps: int,
     guidance_scale: float | Sequence[float],
@@ -121,7 +125,7 @@ def plan(
     padding_mask_crop: int | None,
     exact_steps: bool,
     brownian: bool,
-    regions: Sequence[PictureSource] | None,
+    regions: Sequence[ImageSource] | None,
     controls: Mapping[str, control.Control] | None,
     vae_tile: int | None,
     fast: fast_ways.Fast | None,
@@ -188,7 +192,7 @@ def plan(
     )
     if padding_mask_crop is not None and output_type != "pil":
         raise ValueError('padding_mask_crop: pictures keep their own sizes; take output_type "pil"')
-    followed = control.read(controls, list(model.controls), len(prompts), (height, width), steps)
+    followed = control.read(controls, list(model.controls), len(prompts), (height, width), steps, int(rows.step[0]))
     if followed and padding_mask_crop is not None:
         raise ValueError(
             "controls, padding_mask_crop: a ControlNet's picture is not cropped with the mask; leave one out"
@@ -217,6 +221,7 @@ def plan(
         vae_tile,
         fast.merge,
         fast.tiny_vae,
+        padding_mask_crop is None,
     )
     _check_fast(fast, model, job, options.interval, composed)
     if regions is not None:
@@ -283,6 +288,7 @@ def plan(
         else {},
         vae_tile=vae_tile,
         fast=_recorded(fast),
+        schedule={} if sampler.schedule == model.schedule() else dataclasses.asdict(sampler.schedule),
         tiny_vae_sha256=model.tiny_decoder.digest if model.tiny_decoder is not None and fast.tiny_vae else None,
     )
     plan = Plan(job, model, tuple(followed), task, rows, guide, whole, settled, mesh, count, size, stepwise, common)
@@ -311,7 +317,7 @@ def versions(mesh: Mesh | None = None) -> dict[str, str]:
     device = jax.devices()[0]
     shared = {} if mesh is None else {"devices": str(mesh.size)}
     return shared | {
-        "sdjax": version("sdjax"),
+        "sdjax": sdjax.__version__,
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
         "platform": device.platform,

@@ -310,7 +310,7 @@ def finish(job: Job, params: Params, inputs: Inputs, state: State) -> Result:
     images = decode(job, params, latents)
     pixels = to_pixels(images)
     picture = inputs.picture
-    if picture is not None and picture.mask is not None:
+    if job.blend and picture is not None and picture.mask is not None:
         # In float32 the original's 8 bits times 1 plus anything times 0 are the original's, to the bit.
         mixed = picture.mask * pixels.astype(jnp.float32) + (1.0 - picture.mask) * picture.image.astype(jnp.float32)
         pixels = jnp.round(mixed).astype(jnp.uint8)

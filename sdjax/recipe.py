@@ -62,8 +62,9 @@ class Recipe:
       latents_sha256: of start noise that was given in place of the seed's; only who has it can make the picture again.
       guidance: `guidance.Options` besides the rescale, what of it is not as it is by default; of a loss its name.
       exact_steps, brownian, vae_tile: as `sdjax.generate` takes them.
-      fast: `Fast`, what of it is not as it is by default.
+      fast: likewise of `Fast`.
       tiny_vae_sha256: of the TAESD that decoded it.
+      schedule: of noise, the sampler's, as `sdjax.schedule.Schedule` takes it; empty where it is the model's.
       regions_sha256: of the weights of prompts by region; only who has the masks can make the picture again.
       controls: of each ControlNet its scale, interval and fingerprint; its picture is not in the recipe.
     """
@@ -102,6 +103,7 @@ class Recipe:
     vae_tile: int | None = None
     fast: dict[str, Any] = dataclasses.field(default_factory=dict)
     tiny_vae_sha256: str | None = None
+    schedule: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def texts(recipe: Recipe) -> dict[str, str]:
@@ -259,11 +261,13 @@ def _guidance(name: str, value: Any) -> dict[str, Any]:
     return _options(name, value)
 
 
-def _fast(name: str, value: Any) -> dict[str, Any]:
-    checks = {"deep_cache": _whole(2, 1000), "gate": _number(1e-3, 1), "merge": _number(1e-3, 0.75), "tiny_vae": _flag}
-    if not isinstance(value, dict) or not value.keys() <= checks.keys():
-        raise _wrong(name, f"an object with no more than {', '.join(checks)}", value)
-    return {field: checks[field](f"{name}.{field}", x) for field, x in value.items()}
+def _only(**checks: Any) -> Any:
+    def check(name: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict) or not value.keys() <= checks.keys():
+            raise _wrong(name, f"an object with no more than {', '.join(checks)}", value)
+        return {field: checks[field](f"{name}.{field}", x) for field, x in value.items()}
+
+    return check
 
 
 def _versions(name: str, value: Any) -> dict[str, str]:
@@ -321,8 +325,15 @@ _FIELDS: dict[str, Any] = {
     "regions_sha256": _DIGEST,
     "controls": _controls,
     "vae_tile": _or_none(_PIXELS),
-    "fast": _fast,
+    "fast": _only(deep_cache=_whole(2, 1000), gate=_number(1e-3, 1), merge=_number(1e-3, 0.75), tiny_vae=_flag),
     "tiny_vae_sha256": _DIGEST,
+    "schedule": _only(
+        num_train_timesteps=_whole(1, 10**6),
+        beta_start=_number(0, 1),
+        beta_end=_number(0, 1),
+        kind=_NAME,
+        zero_terminal_snr=_flag,
+    ),
 }
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from sdjax import guidance as guidance_functions
 from sdjax import images, noise, samplers
-from sdjax.canvas import Canvas, PictureSource
+from sdjax.canvas import Canvas
+from sdjax.images import ImageSource
 from sdjax.job import Followed, Guide, Inputs, Picture
 from sdjax.prompts import Conditioning
 
@@ -104,9 +105,7 @@ def guide(
     )
 
 
-def regions(
-    sources: Sequence[PictureSource], composition: np.ndarray, latent_shape: tuple[int, int, int]
-) -> np.ndarray:
+def regions(sources: Sequence[ImageSource], composition: np.ndarray, latent_shape: tuple[int, int, int]) -> np.ndarray:
     """The weights (B, P) of prompts under AND, each times its mask at the latents' size: (B, P, h, w, 1)."""
     h, w, _ = latent_shape
     if not 1 < len(sources) == composition.shape[1] or np.any(composition == 0):

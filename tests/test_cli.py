@@ -15,7 +15,20 @@ import pytest
 from PIL import Image
 
 import sdjax
-from sdjax import checkpoints, cli, generation, images, loading, options, outputs, pipeline, plan, recipe, samplers
+from sdjax import (
+    checkpoints,
+    cli,
+    generation,
+    images,
+    loading,
+    options,
+    outputs,
+    pipeline,
+    plan,
+    recipe,
+    samplers,
+    spacings,
+)
 from sdjax.models.config import TINY
 from sdjax.schedule import PREDICTIONS
 from sdjax.tokenizer import Tokenizer
@@ -623,6 +636,18 @@ def test_a_picture_is_made_again_to_the_bit(original, tiny_file, capsys):
     assert pixels("again.png") == pixels("1.png") != pixels("2.png")
     again, first = recipe.read("again.png"), recipe.read("1.png")
     assert again == first
+
+
+def test_a_schedule_that_is_not_the_models_is_taken_up(tiny_file):
+    model = sdjax.load(tiny_file)
+    schedule = dataclasses.replace(model.schedule(), beta_end=0.02)
+    sampler = model.sampler("ddim", schedule=schedule, spacing=spacings.Timesteps((999, 400)))
+    options = {"seed": 1, "num_inference_steps": 2, "height": 16, "width": 16}
+    first = sdjax.generate("a fox", model=model, sampler=sampler, **options)[0]
+    images.save_png("a.png", first, {recipe.KEY: first.info[recipe.KEY], recipe.PARAMETERS: ""})
+    assert run("generate", "--from", "a.png", "--model", tiny_file, "-o", "b.png", "--no-progress") == 0
+    assert recipe.read("b.png") == recipe.read("a.png")
+    assert pixels("b.png") == pixels("a.png")
 
 
 def test_prompts_beside_it_are_as_long_as_they_must_be(made, tiny_file):

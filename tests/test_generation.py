@@ -4,12 +4,13 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import sdjax
-from sdjax import guidance, noise, plan, program, recipe, samplers
+from sdjax import guidance, images, noise, plan, program, recipe, samplers
 
 pytestmark = pytest.mark.usefixtures("no_disk_cache")
 
@@ -208,6 +209,28 @@ def test_only_the_masked_part(make, photo, mask):
     assert picture.shape == big.shape
     assert np.array_equal(picture[~big_mask], big[~big_mask])
     assert (picture[big_mask] != big[big_mask]).mean() > 0.5
+
+
+def test_the_edge_of_the_masked_part_is_blended_once(make, monkeypatch):
+    """As diffusers' `apply_overlay` does it: where the mask is grey, so much of what was made."""
+    monkeypatch.setattr(program, "decode", lambda job, _, latents: jnp.ones((len(latents), *job.output_shape)))
+    black = Image.new("RGB", (128, 96))
+    mask = Image.new("L", (128, 96))
+    mask.paste(255, (40, 30, 90, 70))
+    # Of a size that no other test has, since programs are kept.
+    options = {"padding_mask_crop": 4, "mask_blur": 6, "output_type": "pil", "height": 20, "width": 28}
+    picture = np.asarray(make(image=black, mask_image=mask, **options)[0])
+    np.testing.assert_array_equal(picture, np.asarray(images.blur_mask(mask, 6))[..., None].repeat(3, -1))
+
+
+@pytest.mark.parametrize("options", [{}, {"mask_image": True}, {"mask_image": True, "padding_mask_crop": 4}])
+def test_a_picture_keeps_its_colour_profile(make, photo, mask, options):
+    source = Image.fromarray(photo)
+    source.info["icc_profile"] = b"a profile"
+    options = options | ({"mask_image": mask} if "mask_image" in options else {})
+    made = make(image=source, output_type="pil", num_inference_steps=2, **options)[0]
+    assert made.info["icc_profile"] == b"a profile"
+    assert set(made.info) == {"icc_profile", recipe.KEY, recipe.PARAMETERS}
 
 
 def test_recipe_is_in_every_picture(make, photo, mask):

@@ -34,7 +34,7 @@ MAY = {
         "recipe", "samplers", "tasks",
     },
     "generation": {
-        "canvas", "compilation_cache", "control", "fast", "guidance", "job", "pipeline", "plan", "program", "samplers",
+        "compilation_cache", "control", "fast", "guidance", "images", "job", "pipeline", "plan", "program", "samplers",
     },
     "training": {"models", "ops", "schedule", "samplers", "guidance", "noise", "images", "tokenizer", "checkpoints"},
     "cli": {

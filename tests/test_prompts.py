@@ -400,6 +400,7 @@ LONG = 30_000
         "[a|" * LONG,
         "[" * LONG + "a" + ":b:3]" * LONG,
         "(" * LONG + "a" + ")" * LONG,
+        "[" * LONG + "]" * LONG,
         "[|]" * LONG,
         "[" + "a|" * LONG + "]",
         "([)]" * LONG,

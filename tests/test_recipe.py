@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from sdjax import images, recipe, samplers, spacings
 from sdjax.recipe import Recipe
+from sdjax.schedule import Schedule
 
 VERSIONS = {"sdjax": "0.1.0", "jax": "0.10.2", "jaxlib": "0.10.2", "platform": "cpu", "device": "cpu"}
 PLAIN = Recipe(
@@ -63,6 +64,7 @@ FULL = dataclasses.replace(
     mask_blur=4.0,
     padding_mask_crop=32,
     latents_sha256="ef" * 32,
+    schedule=dataclasses.asdict(Schedule(kind="linear", zero_terminal_snr=True)),
 )
 
 

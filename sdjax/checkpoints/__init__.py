@@ -271,7 +271,7 @@ def _config(path: Path, opened: Contents, prediction: str | None = None) -> Conf
 
 def _is_readable(path: Path, opened: Contents) -> bool:
     try:
-        _config(path, opened, prediction="epsilon")  # which it is may be in the numbers
+        _config(path, opened, prediction="v")  # which it is may be in the numbers, and of this nothing is refused
     except CheckpointError:
         return False
     return True

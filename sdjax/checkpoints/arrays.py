@@ -21,21 +21,21 @@ def is_finite(x: np.ndarray) -> bool:
 
 
 def contiguous(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The array in this dtype and in the order of its axes, aligned: itself if it is so, else a copy."""
+    """The array in this dtype and in the order of its axes: itself if it is so, else an aligned copy."""
     if x.flags.c_contiguous and x.dtype == dtype:
         return x
     size = x.size * dtype.itemsize
     room = np.empty(size + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
     laid = room[start : start + size].view(dtype).reshape(x.shape)
-    if x.size * x.itemsize <= PIECE:
-        laid[...] = x
-        return laid
     # Piece by piece of what the array is a view of, so that each is in the cache while it is read in another order.
-    outer = int(np.argmax(x.strides))
-    length = max(1, PIECE // x.strides[outer])
-    for begin in range(0, x.shape[outer], length):
-        piece = (*[slice(None)] * outer, slice(begin, begin + length))
-        with np.errstate(over="ignore"):  # who rounds looks for infinities afterwards
+    outer = int(np.argmax(x.strides)) if x.ndim else 0
+    length = max(1, PIECE // max(x.strides[outer], 1)) if x.ndim else 1
+    with np.errstate(over="ignore"):  # who rounds looks for infinities afterwards
+        if x.size * x.itemsize <= PIECE:
+            laid[...] = x
+            return laid
+        for begin in range(0, x.shape[outer], length):
+            piece = (*[slice(None)] * outer, slice(begin, begin + length))
             laid[piece] = x[piece]
     return laid

@@ -290,7 +290,8 @@ def check(config: Config, path: str | os.PathLike[str]) -> None:
             "beta_schedule": config.beta_schedule in schedulers.BETA_SCHEDULES.values(),
             "zero_terminal_snr": not (config.zero_terminal_snr and config.prediction == "epsilon"),
             "steps_offset": 0 <= config.steps_offset <= config.num_train_timesteps,
-            "spacings": set(config.spacings) <= {*schedulers.TIMESTEP_SPACINGS, *schedulers.SIGMAS.values()},
+            "spacings": all(isinstance(spacing, str) for spacing in config.spacings)
+            and set(config.spacings) <= {*schedulers.TIMESTEP_SPACINGS, *schedulers.SIGMAS.values()},
             "prediction": config.prediction in schedulers.PREDICTIONS.values(),
             "image_size": config.image_size % vae.factor == 0,
         }

@@ -29,7 +29,7 @@ class Contents:
 
     Attributes:
       format: SAFETENSORS, PYTORCH, FOLDER or FLAX.
-      tensors: arrays by name, mapped read-only; those of a folder with the name of their part before it.
+      tensors: arrays by name, mapped read-only but for Flax's; those of a folder with the name of their part before it.
       metadata: strings that a safetensors file has of its own; a folder's `model_index.json`, where one is text.
       others: names of what is saved beside the tensors in a PyTorch file.
     """
@@ -177,7 +177,13 @@ def read_part(folder: Path, part: str, variant: str | None = None) -> dict[str, 
 def candidates(part: str, variant: str | None = None) -> list[str]:
     """The names of files that a part's weights may have, in the order of preference."""
     variants = VARIANTS if variant is None else (f".{variant}",)
-    return [f"{stem}{middle}{ending}" for middle in variants for ending in ENDINGS for stem in STEMS[part]]
+    # Of shards' index diffusers has the variant before the last ending.
+    return [
+        f"{stem}{ending.removesuffix('.json')}{middle}.json" if ending.endswith(".json") else f"{stem}{middle}{ending}"
+        for middle in variants
+        for ending in ENDINGS
+        for stem in STEMS[part]
+    ]
 
 
 def _weights(folder: Path, part: str, variant: str | None) -> list[Path]:

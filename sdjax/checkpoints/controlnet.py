@@ -39,6 +39,10 @@ def read(path: Path, config: Config, shapes: Shapes) -> dict[str, Any]:
         tensors: Mapping[str, np.ndarray] = contents.read_part(path, "control")
     else:
         tensors = contents.read(path).tensors
+    if "difference" in tensors:
+        raise CheckpointError(
+            f"{path}: it holds the differences of a ControlNet from the UNet it was trained on; take the whole one"
+        )
     channels = _hint_channels(tensors)
     if 2 ** (len(channels) - 1) != config.vae.factor or not all(0 < width < 1 << 16 for width in channels):
         raise CheckpointError(f"{path}: no ControlNet 1.x for this model: its tensors of the control picture are not")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], config: Config, dtype: 
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another name")
     texts = _texts(config)
-    temporary = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".part"))
+    temporary = path.absolute().with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    temporary.mkdir()
     try:
         for part in PARTS:
             own = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
@@ -43,8 +44,10 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], config: Config, dtype: 
             safetensors.write(temporary / part / f"{STEMS[part][0]}.safetensors", own, metadata, dtype)
         for name, text in texts.items():
             (temporary / name).parent.mkdir(exist_ok=True)
-            (temporary / name).write_text(text, encoding="utf-8")
-        os.chmod(temporary, 0o777 & ~safetensors.umask())
+            with open(temporary / name, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

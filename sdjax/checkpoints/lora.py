@@ -155,7 +155,7 @@ def _change(parts: Mapping[str, np.ndarray], kernel: tuple[int, ...]) -> LowRank
     """The two matrices with our axes, in float32; None where they do not make this kernel."""
     window, (inputs, outputs) = kernel[:-2] or (1, 1), kernel[-2:]
     down, up = (x[..., None, None] if x.ndim == 2 else x for x in (parts["down"], parts["up"]))
-    if down.ndim != 4 or up.ndim != 4 or 0 in down.shape or up.shape != (outputs, up.shape[1], 1, 1):
+    if down.ndim != 4 or up.ndim != 4 or 0 in (*down.shape, *up.shape) or up.shape != (outputs, up.shape[1], 1, 1):
         return None
     rank = down.shape[0]
     if "mid" in parts:

@@ -32,7 +32,10 @@ def read(path: Path) -> dict[str, np.ndarray]:
     Raises:
       CheckpointError: it is no such file, not whole, or holds something else.
     """
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
     entries = 0
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -70,7 +73,9 @@ def _array(path: Path, code: int, body: bytes) -> np.ndarray:
     if code != ARRAY:
         raise CheckpointError(f"{path}: an extension of kind {code}, which is no array")
     try:
-        shape, dtype, numbers = msgpack.unpackb(body, use_list=True)
+        shape, dtype, numbers = msgpack.unpackb(
+            body, use_list=True, max_array_len=8, max_map_len=0, max_ext_len=0, max_str_len=32
+        )
     except Exception as error:
         raise CheckpointError(f"{path}: an array without shape, dtype and numbers: {error!s:.100}") from error
     sizes = isinstance(shape, list) and all(isinstance(n, int) and 0 <= n < 2**40 for n in shape) and len(shape) <= 8

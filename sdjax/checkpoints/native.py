@@ -104,5 +104,9 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise CheckpointError(f"{name!r:.80}: a part of this name is a tensor's already")
+        if last in node:
+            raise CheckpointError(f"{name!r:.80}: it is the beginning of other tensors' names")
         node[last] = leaf
     return tree

@@ -100,7 +100,10 @@ def _run(program: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> A
         elif name in EMPTY:
             stack.append(EMPTY[name]())
         elif name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
-            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+            place = len(memo) if name == "MEMOIZE" else argument
+            if place >= 2**32:
+                raise PickleError(f"a memo of the number {place:.3g}")
+            memo[place] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
         elif name == "MARK":
@@ -176,6 +179,6 @@ def _call(function: Any, arguments: Any) -> Any:
 def _set_items(target: Any, items: list[Any]) -> Any:
     if isinstance(target, dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if isinstance(key, (str, bytes, int, float)):
+            if isinstance(key, str):  # what is read has no others, and others' hashes can be made to be alike
                 target[key] = value
     return target

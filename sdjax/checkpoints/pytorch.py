@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import zipfile
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +33,7 @@ STORAGES = {
 TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 MAX_MEMBERS = 100_000
+MAX_DIRECTORY = 1 << 24  # bytes: 160 of each
 MAX_RANK = 8
 
 
@@ -67,8 +68,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], tuple[str
     tensors = {key: value for key, value in state.items() if isinstance(value, Call) and value.name in TENSORS}
     for key, value in state.items():
         if isinstance(value, Call) and key not in tensors and value.name.startswith("torch._utils._rebuild"):
-            raise CheckpointError(f"{path}: {key!r} is made by {value.name}, a kind of tensor that sdjax does not read")
-    arrays = {key: _tensor(f"{path}: {key!r}", call.arguments, data, members) for key, call in tensors.items()}
+            raise CheckpointError(
+                f"{path}: {key!r:.80} is made by {value.name:.80}, a kind of tensor that sdjax does not read"
+            )
+    arrays = {key: _tensor(f"{path}: {key!r:.80}", call.arguments, data, members) for key, call in tensors.items()}
     others = (key for key in (*state, *outer) if key not in arrays)
     return arrays, tuple(dict.fromkeys(others))
 
@@ -76,7 +79,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], tuple[str
 def _archive(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, Member]]:
     """The file's bytes, mapped, and its members by their names without the top folder."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb") as file, zipfile.ZipFile(cast(BinaryIO, _Shy(file))) as archive:
             entries = archive.infolist()
         data = np.asarray(np.memmap(path, np.uint8, "r"))
     except OSError as error:
@@ -101,6 +104,21 @@ def _archive(path: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, Member
             raise CheckpointError(f"{path}: {entry.filename!r} is twice in the archive")
         members[name] = _member(path, entry, data)
     return data, members
+
+
+class _Shy:
+    """A file that no more than a directory's bytes are read from at once: zipfile takes six times as much of memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        if size > MAX_DIRECTORY:
+            raise ValueError(f"a directory of {size} bytes; at most {MAX_DIRECTORY} are read")
+        return self._file.read(size if size >= 0 else 1 << 17)  # all that is left: zipfile looks for a comment's end
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _member(path: str | os.PathLike[str], entry: zipfile.ZipInfo, data: np.ndarray) -> Member:

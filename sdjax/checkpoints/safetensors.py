@@ -10,7 +10,7 @@ import collections
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +34,7 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-MAX_HEADER = 100_000_000  # bytes; the reference reader's limit
+MAX_HEADER = 16_000_000  # bytes: a hundred thousand tensors; parsed, JSON takes thirty times its size
 MAX_RANK = 8
 AHEAD = 2  # tensors; the largest has 150 MB
 
@@ -105,9 +105,9 @@ def write(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(len(text).to_bytes(8, "little"))
             file.write(text)
             broken: set[str] = set()
@@ -128,10 +128,9 @@ def write(
                 )
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~umask())  # mkstemp's own is for secrets
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -151,14 +150,6 @@ def _ahead(function: Callable[[T], S], items: Iterable[T]) -> Iterator[S]:
                 yield results.popleft().result()
         while results:
             yield results.popleft().result()
-
-
-def umask() -> int:
-    """What the process leaves out of new files' permissions."""
-    # There is no way to read it but to set it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int, int]:
@@ -183,10 +174,11 @@ def _header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int, int]:
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"{name!r:.80} occurs twice")
+        table[name] = value
     return table
 
 
@@ -196,7 +188,7 @@ def _entry(path: Any, name: str, fields: Any) -> tuple[np.dtype, tuple[int, ...]
         raise CheckpointError(f"{path}: the entry of {name!r:.80} is not dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name!r:.80} has the dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        raise CheckpointError(f"{path}: {name!r:.80} has the dtype {dtype!r:.80}; known are {', '.join(DTYPES)}")
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_size(n) for n in shape):
         raise CheckpointError(f"{path}: {name!r:.80} has the shape {shape!r:.80}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):

@@ -156,8 +156,9 @@ def _parse_schedule(text: str, steps: int) -> list[_Item]:
 def _construct(items: list[_Item], bracket: _Bracket, steps: int) -> _Item | None:
     """What a square bracket that ends with the items is; None if attention or text."""
     if not bracket.colons:
-        options = _between(items, [bracket.start, *bracket.bars, len(items) - 1])
-        return _Alternation(options) if bracket.bars else None
+        if not bracket.bars:  # before anything is copied: brackets may lie in brackets, thousands deep
+            return None
+        return _Alternation(_between(items, [bracket.start, *bracket.bars, len(items) - 1]))
     *texts, when = _between(items, [bracket.start, *bracket.colons, len(items) - 1])
     number = _WHEN.fullmatch(when[0]) if len(when) == 1 and isinstance(when[0], str) else None
     if number is None or len(texts) > 2:

@@ -19,7 +19,6 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
-VOCAB_SIZE = 49408
 START_ID = 49406  # "<|startoftext|>"
 END_ID = 49407  # "<|endoftext|>"
 CONTEXT_LENGTH = 77
@@ -103,10 +102,6 @@ class Tokenizer:
     def count(self, text: str) -> int:
         """The number of tokens of the text, without start and end."""
         return len(self.encode(text))
-
-    def windows_needed(self, text: str) -> int:
-        """The number of 75-token windows that hold the text; 1 for an empty one. It may exceed the 8 that are taken."""
-        return _windows_for(self.count(text))
 
     def _window(self, ids: list[int]) -> list[int]:
         return [START_ID, *ids, END_ID, *[self.padding_id] * (WINDOW_TOKENS - len(ids))]

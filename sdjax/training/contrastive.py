@@ -1,7 +1,7 @@
 """CLIP in small: an image tower beside the text encoder, trained so that a picture and its caption agree.
 
 Only the text encoder goes into the model that ships. Both towers together are the second judge of
-`sdjax.training.evaluation`.
+`benchmarks/default_model.py`.
 """
 
 from __future__ import annotations

@@ -40,6 +40,20 @@ def test_folders_of_half_precision_files(folder, params, shapes):
     assert_equal(checkpoints.load(path, shapes)[1], params, np.float16)
 
 
+@pytest.mark.parametrize("variant", ["fp16", None])
+def test_a_variant_in_shards(folder, params, shapes, variant):
+    """As diffusers writes it: the shards' names end with the variant, their index' has it before the last ending."""
+    path, _ = folder
+    file = path / "unet" / "diffusion_pytorch_model.safetensors"
+    shard = "diffusion_pytorch_model.fp16-00001-of-00001.safetensors"
+    file.rename(path / "unet" / shard)
+    index = {"weight_map": dict.fromkeys(safetensors.read(path / "unet" / shard)[0], shard)}
+    (path / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    for part, stem in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        (path / part / f"{stem}.safetensors").rename(path / part / f"{stem}.fp16.safetensors")
+    assert_equal(checkpoints.load(path, shapes, variant=variant)[1], params)
+
+
 def test_folders_of_shards(folder, params, shapes):
     path, _ = folder
     file = path / "unet" / "diffusion_pytorch_model.safetensors"
@@ -84,6 +98,7 @@ def test_the_schedule_of_a_folder(folder, shapes):
     change("scheduler/scheduler_config.json", prediction_type="v_prediction", **cosine)
     config, _ = checkpoints.load(path, shapes)
     assert config == dataclasses.replace(TINY, prediction="v", beta_schedule="squared_cosine", zero_terminal_snr=True)
+    assert checkpoints.describe(path)["readable"]
 
 
 SCHEDULER = "scheduler/scheduler_config.json"

@@ -120,6 +120,8 @@ def array(shape, dtype="float32", numbers=b"\0" * 8, code=1):
         (array((2,), numbers="text"), "an array of the shape"),
         (array((2,), code=3), "an extension of kind 3"),
         (msgpack.packb({"x": msgpack.ExtType(1, b"\x90")}), "without shape, dtype and numbers"),
+        (msgpack.packb({"x": msgpack.ExtType(1, msgpack.packb([[]] * 1000))}), "without shape, dtype and numbers"),
+        (array((1,) * 9), "without shape, dtype and numbers"),
         (msgpack.packb({"x": {"__msgpack_chunked_array__": True}}), "in chunks"),
         (msgpack.packb({"x": [1, 2]}), "not a whole file"),
         (b"\x82\xa1x\xc0\xa1x\xc0", "a name is twice in it"),

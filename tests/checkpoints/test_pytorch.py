@@ -239,6 +239,14 @@ def test_too_many_members(tmp_path, monkeypatch):
         read(write(tmp_path / "a.ckpt", [("x/data.pkl", program()), ("x/data/0", NUMBERS)]))
 
 
+def test_a_directory_that_would_fill_the_memory(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.ckpt", [("x/data.pkl", program()), ("x/data/0", NUMBERS)])
+    read(path)
+    monkeypatch.setattr(pytorch, "MAX_DIRECTORY", 100)
+    with pytest.raises(CheckpointError, match=r"a directory of [0-9]* bytes; at most 100 are read"):
+        read(path)
+
+
 def test_a_large_pickle(tmp_path):
     with pytest.raises(CheckpointError, match="at most"):
         read(write(tmp_path / "a.ckpt", [("x/data.pkl", b"N" * (1 << 24) + b".")]))

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import stat
+import time
 
 import ml_dtypes
 import numpy as np
@@ -168,6 +169,15 @@ def test_bad_files(tmp_path, data, message):
     (tmp_path / "a.safetensors").write_bytes(data)
     with pytest.raises(CheckpointError, match=message):
         read(tmp_path / "a.safetensors")
+
+
+def test_many_names_take_linear_time(tmp_path):
+    names = [f'"{i}":0' for i in range(100_000)]
+    (tmp_path / "a").write_bytes(file(("{" + ",".join([*names, '"99999":0']) + "}").encode()))
+    began = time.process_time()
+    with pytest.raises(CheckpointError, match="'99999' occurs twice"):
+        read(tmp_path / "a")
+    assert time.process_time() - began < 5  # 0.1 s here; in quadratic time it would be minutes
 
 
 def test_truncated_and_damaged_files(tmp_path):

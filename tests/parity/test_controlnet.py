@@ -13,6 +13,7 @@ from PIL import Image
 import sdjax
 from sdjax import pipeline
 from sdjax.checkpoints import CheckpointError, controlnet, names, native, safetensors, weights
+from sdjax.control import read as read_controls
 from sdjax.models.config import SD1, TINY, TINY_2
 from sdjax.models.controlnet import ControlNet
 from sdjax.models.unet import UNet
@@ -242,6 +243,7 @@ def test_refusals(both, tmp_path, monkeypatch):
         (tensors | {bias: tensors[bias][:3]}, "wrong shape"),
         ({name: x for name, x in tensors.items() if name != bias}, r"missing \(1\)"),
         (tensors | {"control_model.label_emb.0.bias": np.ones(3)}, r"unexpected \(1\)"),
+        (tensors | {"difference": np.zeros(0, np.float32)}, "the differences of a ControlNet from the UNet"),
     ):
         safetensors.write(tmp_path / "wrong.safetensors", wrong, {})
         with pytest.raises(CheckpointError, match=message):
@@ -250,6 +252,18 @@ def test_refusals(both, tmp_path, monkeypatch):
         model.with_controlnet(folder / "model" / "unet")
     with pytest.raises(CheckpointError, match="for another model: attention has"):
         controlnet.read(folder / "a", SD1, pipeline.control_shapes)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0)])
+@pytest.mark.parametrize(("steps", "first"), [(50, 0), (50, 25), (7, 3)])
+def test_an_interval_is_of_the_steps_that_are_made(interval, steps, first):
+    """As diffusers' pipelines keep a ControlNet, over the timesteps that image to image leaves."""
+    white = np.full((16, 16, 3), 255, np.uint8)
+    _, scales = read_controls({"a": sdjax.Control(white, 0.5, interval)}, ["a"], 1, (16, 16), steps, first)["a"]
+    timesteps = range(steps - first)
+    start, end = interval
+    keeps = [1.0 - float(i / len(timesteps) < start or (i + 1) / len(timesteps) > end) for i in timesteps]
+    np.testing.assert_array_equal(scales[first:], np.array(keeps) * 0.5)
 
 
 def test_full_size_names():
