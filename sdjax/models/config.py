@@ -100,10 +100,10 @@ def _build(cls: type, fields: Any, where: str) -> Any:
     values = {}
     for name, value in fields.items():
         if name not in defaults:
-            raise ValueError(f"{where}: unknown field {name!r}; known are {', '.join(defaults)}")
+            raise ValueError(f"{where}: unknown field {name!r:.80}; known are {', '.join(defaults)}")
         value = tuple(value) if isinstance(value, list) else value
         if type(value) is not type(defaults[name]):
-            raise ValueError(f"{where}.{name}: expected {type(defaults[name]).__name__}, got {value!r}")
+            raise ValueError(f"{where}.{name}: expected {type(defaults[name]).__name__}, got {value!r:.80}")
         values[name] = value
     return cls(**values)
 
