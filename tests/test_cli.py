@@ -638,6 +638,7 @@ def test_a_picture_is_made_again_to_the_bit(original, tiny_file, capsys):
     assert again == first
 
 
+@pytest.mark.slow
 def test_a_schedule_that_is_not_the_models_is_taken_up(tiny_file):
     model = sdjax.load(tiny_file)
     schedule = dataclasses.replace(model.schedule(), beta_end=0.02)

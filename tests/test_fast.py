@@ -124,6 +124,7 @@ def test_with_an_interval_and_perturbed_attention(make):
     np.testing.assert_allclose(make(every=2, **options), exact, atol=1e-5 * np.abs(exact).max())
 
 
+@pytest.mark.slow
 def test_another_interval_compiles_nothing(make):
     make(every=2)
     size = program.run_scanned.jitted._cache_size()

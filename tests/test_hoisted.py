@@ -79,7 +79,7 @@ def test_models_give_the_same_with_what_is_known(model, part):
         pytest.param({"guidance_scale": 1.0}, marks=pytest.mark.slow),
         {"prompt": "a [cat:dog:0.5] in the rain", "num_images_per_prompt": 2},
         pytest.param({"prompt": "a cat AND a dog"}, marks=pytest.mark.slow),
-        {"guidance": guidance.Options(perturbed=1.0, perpendicular=0.5)},
+        pytest.param({"guidance": guidance.Options(perturbed=1.0, perpendicular=0.5)}, marks=pytest.mark.slow),
         pytest.param(
             {"guidance": guidance.Options(interval=(0.2, 0.6)), "fast": sdjax.Fast(deep_cache=2)},
             marks=pytest.mark.slow,

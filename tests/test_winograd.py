@@ -78,7 +78,7 @@ def test_in_strips_of_every_kind(strips, dtype, m, features):
     check_convolution((17, 31), dtype, m, features)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (7, 9)])
+@pytest.mark.parametrize("size", [(8, 7)])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 1), (0, 1))])
 @pytest.mark.parametrize("strip", [2**21, 2000, 1])
@@ -116,7 +116,7 @@ def test_a_unet_in_blocks_of_tokens(tiny, monkeypatch):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [(7, 8), (5, 1)])
 @pytest.mark.parametrize("cut", [(0, 0), (1, 0), (0, 1), (1, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_convolution_of_a_doubled_map(size, cut, dtype):
