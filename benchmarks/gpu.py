@@ -491,7 +491,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SDJAX_CACHE"] = str(Path(folder) / "cache")  # or compilation may not be cold
         size = SMALL if arguments.tiny else FULL
-        report: dict[str, Any] = {}
 
         def keep(report: dict[str, Any]) -> None:
             if arguments.output is not None:

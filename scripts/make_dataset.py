@@ -17,11 +17,12 @@ import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
+from sdjax import files
 from sdjax.training import data
 
 GROUPS = ("Smileys & Emotion", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
@@ -202,21 +203,19 @@ def main() -> None:
     concept, style, pictures = zip(*sprites(emojis, args.noto, args.fluent), strict=True)
     stacked = np.stack(pictures)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: an older one stays until then.
-    temporary = args.out.with_name(f".{args.out.stem}.part.npz")
-    np.savez_compressed(
-        temporary,
-        sprites=stacked,
-        concept=np.array(concept, np.int32),
-        style=np.array(style, np.int32),
-        names=np.array([emoji.name for emoji in emojis]),
-        groups=np.array([emoji.group for emoji in emojis]),
-        subgroups=np.array([emoji.subgroup for emoji in emojis]),
-        characters=np.array([emoji.text for emoji in emojis]),
-        sources=np.array([path.name for path in (args.noto, args.fluent, args.emoji_test)]),
-        sources_sha256=np.array([sha256(path) for path in (args.noto, args.fluent, args.emoji_test)]),
-    )
-    temporary.replace(args.out)
+    stored: dict[str, Any] = {
+        "sprites": stacked,
+        "concept": np.array(concept, np.int32),
+        "style": np.array(style, np.int32),
+        "names": np.array([emoji.name for emoji in emojis]),
+        "groups": np.array([emoji.group for emoji in emojis]),
+        "subgroups": np.array([emoji.subgroup for emoji in emojis]),
+        "characters": np.array([emoji.text for emoji in emojis]),
+        "sources": np.array([path.name for path in (args.noto, args.fluent, args.emoji_test)]),
+        "sources_sha256": np.array([sha256(path) for path in (args.noto, args.fluent, args.emoji_test)]),
+    }
+    with files.whole(args.out) as file:
+        np.savez_compressed(file, **stored)
     print(f"{len(emojis)} concepts, {len(stacked)} sprites")
     for index, name in enumerate(data.STYLES):
         print(f"  {name}: {style.count(index)}")

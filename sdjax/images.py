@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
+
+from sdjax import files
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
@@ -271,17 +272,8 @@ def save_image(path: str | os.PathLike[str], image: Image.Image, text: Mapping[s
 
 
 def _write(path: str | os.PathLike[str], image: Image.Image, **options: Any) -> None:
-    path = Path(path)
-    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"  # the same folder, so that the rename is atomic
-    try:
-        with open(temporary, "xb") as file:
-            image.save(file, icc_profile=image.info.get("icc_profile"), **options)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # Ctrl-C too
-        temporary.unlink(missing_ok=True)
-        raise
+    with files.whole(path) as file:
+        image.save(file, icc_profile=image.info.get("icc_profile"), **options)
 
 
 def read_text(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -246,19 +246,19 @@ def _options(name: str, value: Any) -> dict[str, Any]:
 def _option(name: str, key: str, option: Any) -> Any:
     if key in ("spacing", "ends") and isinstance(option, dict) and name.count(".") < 4:  # in a spacing is another one
         return _options(name, option)
-    items = option if isinstance(option, list) else [option]
-    plain = all(x is None or isinstance(x, (str, int)) or (isinstance(x, float) and math.isfinite(x)) for x in items)
-    if not key.isidentifier() or key in ("name", "schedule") or not plain:
-        raise _wrong(name, "a text, a number, true, false, null or a list of them", option)
-    return tuple(option) if isinstance(option, list) else option
+    if not key.isidentifier() or key in ("name", "schedule"):
+        raise _wrong(name, _VALUE, option)
+    return _value(name, option)
 
 
-def _guidance(name: str, value: Any) -> dict[str, Any]:
-    """Whose numbers `guidance.Options` checks."""
-    known = ("interval", "threshold", "quantile", "perpendicular", "perturbed", "image_scale", "loss", "loss_scale")
-    if not isinstance(value, dict) or not value.keys() <= set(known):
-        raise _wrong(name, f"an object with no more than {', '.join(known)}", value)
-    return _options(name, value)
+_VALUE = "a text, a number, true, false, null or a list of them"
+
+
+def _value(name: str, value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    if not all(x is None or isinstance(x, (str, int)) or (isinstance(x, float) and math.isfinite(x)) for x in items):
+        raise _wrong(name, _VALUE, value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _only(**checks: Any) -> Any:
@@ -319,7 +319,13 @@ _FIELDS: dict[str, Any] = {
     "windows": _whole(1, 64),
     "versions": _versions,
     "latents_sha256": _DIGEST,
-    "guidance": _guidance,
+    # Their ranges are those of `guidance.Options`.
+    "guidance": _only(
+        **dict.fromkeys(
+            ("interval", "threshold", "quantile", "perpendicular", "perturbed", "image_scale", "loss", "loss_scale"),
+            _value,
+        )
+    ),
     "exact_steps": _flag,
     "brownian": _flag,
     "regions_sha256": _DIGEST,

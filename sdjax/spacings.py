@@ -410,14 +410,14 @@ _KINDS: dict[str, Any] = {
 
 
 def to_plain(spacing: str | Spacing) -> str | dict[str, Any]:
-    """What `from_plain` makes the spacing of again: a name; or the kind and its options, as JSON can hold them.
+    """What `from_plain` makes the spacing of again: the kind and its options, as JSON can hold them; a name stays.
 
-    A function of your own becomes its name, of which only you can make it again.
+    A function of your own becomes a kind that only you know.
     """
     if isinstance(spacing, str):
         return spacing
     if not dataclasses.is_dataclass(spacing) or type(spacing) not in _KINDS.values():
-        return getattr(spacing, "__name__", type(spacing).__name__)
+        return {"kind": getattr(spacing, "__name__", type(spacing).__name__)}
     fields = {field.name: (getattr(spacing, field.name), field.default) for field in dataclasses.fields(spacing)}
     changed = {name: value for name, (value, default) in fields.items() if value != default}
     return {"kind": type(spacing).__name__} | {
@@ -428,7 +428,10 @@ def to_plain(spacing: str | Spacing) -> str | dict[str, Any]:
 def from_plain(plain: Mapping[str, Any]) -> Spacing:
     """The inverse of `to_plain` for spacings with options. Raises ValueError for what none of them is."""
     options = dict(plain)
-    kind = _KINDS.get(str(options.pop("kind", None)))
+    called = str(options.pop("kind", None))
+    if called in _FUNCTIONS and not options:
+        return _FUNCTIONS[called]
+    kind = _KINDS.get(called)
     if kind is None:
         raise ValueError(f"spacing: expected the kind {', '.join(_KINDS)}, got {plain!r:.100}")
     known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
@@ -436,9 +439,8 @@ def from_plain(plain: Mapping[str, Any]) -> Spacing:
     if not required <= options.keys() <= known.keys():
         raise ValueError(f"spacing: {kind.__name__} has {', '.join(known)}, got {', '.join(options) or 'none'}")
     for name in {"ends", "spacing"} & options.keys():
-        inner = options[name]
-        options[name] = from_plain(inner) if isinstance(inner, Mapping) else _FUNCTIONS.get(str(inner))
-        if options[name] is None:
-            raise ValueError(f"spacing: {name} can be {', '.join(_FUNCTIONS)}, got {inner!r:.60}")
+        if not isinstance(options[name], Mapping):
+            raise ValueError(f"spacing: {name} can be {', '.join(_FUNCTIONS)}, got {options[name]!r:.60}")
+        options[name] = from_plain(options[name])
     made: Spacing = kind(**options)
     return made

@@ -4,11 +4,15 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "sdjax"
-LOW = {"ops", "schedule", "guidance", "noise", "images", "tokenizer", "compilation_cache", "outputs", "options", "fast"}
+LOW = {
+    "compilation_cache", "fast", "files", "guidance", "images", "noise", "ops", "options", "outputs", "schedule",
+    "tokenizer",
+}  # fmt: skip
 MAY = {
     **{room: set() for room in LOW},  # "sdjax" itself is the version
+    "images": {"files"},
     "models": {"ops"},
-    "checkpoints": {"models.config", "tokenizer"},
+    "checkpoints": {"files", "models.config", "tokenizer"},
     "spacings": {"schedule"},
     "samplers": {"schedule", "spacings", "noise"},
     "prompts": {"tokenizer"},

@@ -311,6 +311,7 @@ SPACINGS = [
     spacings.Sigmas((14.0, 2.5, 0.1)),
     spacings.Distilled(original_inference_steps=25),
     spacings.Whole(spacings.Karras(ends=spacings.trailing)),
+    spacings.trailing,
     "karras",
 ]
 
@@ -320,6 +321,13 @@ def test_a_sampler_comes_back_with_its_spacing(spacing):
     one = samplers.create("euler", spacing=spacing)
     read = recipe.from_json(recipe.texts(dataclasses.replace(PLAIN, sampler_options=one.settings))["sdjax"])
     assert samplers.create("euler", **read.sampler_options) == one
+
+
+def test_a_function_is_not_what_the_sampler_calls_so():
+    """DPM-Solvers' "linspace" is `linspace_open`."""
+    one = samplers.create("dpmpp_2m", spacing=spacings.linspace)
+    read = recipe.from_json(recipe.texts(dataclasses.replace(PLAIN, sampler_options=one.settings))["sdjax"])
+    assert samplers.create("dpmpp_2m", **read.sampler_options).spacing is spacings.linspace
 
 
 @pytest.mark.parametrize("algorithm", samplers.ALGORITHMS, ids=lambda algorithm: algorithm.name)

@@ -10,15 +10,14 @@ import collections
 import json
 import math
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
 
+from sdjax import files
 from sdjax.checkpoints.arrays import ALIGNMENT, FLOATS, contiguous, is_finite
 from sdjax.checkpoints.errors import CheckpointError, shorten
 
@@ -104,34 +103,22 @@ def write(
         offset = stop
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
-            broken: set[str] = set()
-            overflown: set[str] = set()
-            laid = _ahead(lambda name: _laid(arrays[name], dtypes[name]), order)
-            for name, (array, finite) in zip(order, laid, strict=True):
-                if not finite:
-                    (overflown if is_finite(arrays[name]) else broken).add(name)
-                file.write(array.reshape(-1).view(np.uint8).data)
-            if broken:
-                raise CheckpointError(
-                    f"{path}: not written: NaN or infinity in {len(broken)} tensors ({shorten(broken)})"
-                )
-            if overflown:
-                raise CheckpointError(
-                    f"{path}: not written: numbers too large for {dtype} in {len(overflown)} tensors"
-                    f" ({shorten(overflown)})"
-                )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with files.whole(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        broken: set[str] = set()
+        overflown: set[str] = set()
+        laid = _ahead(lambda name: _laid(arrays[name], dtypes[name]), order)
+        for name, (array, finite) in zip(order, laid, strict=True):
+            if not finite:
+                (overflown if is_finite(arrays[name]) else broken).add(name)
+            file.write(array.reshape(-1).view(np.uint8).data)
+        if broken:
+            raise CheckpointError(f"{path}: not written: NaN or infinity in {len(broken)} tensors ({shorten(broken)})")
+        if overflown:
+            raise CheckpointError(
+                f"{path}: not written: numbers too large for {dtype} in {len(overflown)} tensors ({shorten(overflown)})"
+            )
 
 
 def _laid(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, bool]:

@@ -37,20 +37,18 @@ def dpmpp_sde(run: Run, x: Value, *, r: float = 0.5, eta: float = 1.0, s_noise: 
       eta, s_noise: as for `euler_ancestral`.
     """
     options.number("r", r, 1e-3, 1 - 1e-3)
-    options.number("eta", eta, 0, 1)
-    options.number("s_noise", s_noise, 0)
     for now, after in run.steps():
+        down, up = ancestral(now, after, eta, s_noise)
         denoised = run.model(x, now).x0
         if after.sigma > 0:
             middle = run.level(now.sigma ** (1 - r) * after.sigma**r)
-            down, up = ancestral(now, middle, eta, s_noise)
-            half = _toward(x, denoised, now.sigma, down)
-            if up:
+            half_down, half_up = ancestral(now, middle, eta, s_noise)
+            half = _toward(x, denoised, now.sigma, half_down)
+            if half_up:
                 first = run.noise(now, middle)
-                half = half + up * first
+                half = half + half_up * first
             there = run.model(half, middle).x0
             denoised = (1 - 1 / (2 * r)) * denoised + 1 / (2 * r) * there
-            down, up = ancestral(now, after, eta, s_noise)
             x = _toward(x, denoised, now.sigma, down)
             if up:
                 share = (now.sigma - middle.sigma) / (now.sigma - after.sigma)
